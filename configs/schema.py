@@ -1,0 +1,356 @@
+"""The schema of a run: every key that `train.py` and the tools in `scripts/` accept.
+
+One dataclass a section; the string under a field says what it means, its unit, and the value that turns it off.
+Hydra composes the YAML tree in this folder onto these dataclasses (`configs.compose`), so an unknown key or a value of
+the wrong type is an error that names the key. Defaults live here and nowhere else; the YAML files are differences.
+`configs.validate` checks what concerns several keys, all problems at once, before anything is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Attention(str, Enum):
+    """Implementations behind the attention seam (`model.attention`)."""
+
+    auto = "auto"
+    flash = "flash"
+    flash1 = "flash1"
+    sdpa = "sdpa"
+    standard = "standard"
+
+
+class Position(str, Enum):
+    """How a model knows the order of its tokens."""
+
+    learned = "learned"
+    rope = "rope"
+    alibi = "alibi"
+    none = "none"
+
+
+class Norm(str, Enum):
+    """Normalisation before each sub-layer and before the head."""
+
+    layernorm = "layernorm"
+    rmsnorm = "rmsnorm"
+
+
+class Activation(str, Enum):
+    """Non-linearity of the MLP; `swiglu` is gated and has a third matrix."""
+
+    gelu_tanh = "gelu_tanh"
+    gelu = "gelu"
+    relu2 = "relu2"
+    swiglu = "swiglu"
+
+
+class Source(str, Enum):
+    """Where the documents come from."""
+
+    stdlib = "stdlib"
+    hub = "hub"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class Schedule(str, Enum):
+    """Shape of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Precision(str, Enum):
+    """Arithmetic of the forward and backward pass. `auto`: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Recompute(str, Enum):
+    """Activation checkpointing: nothing, or whole blocks, recomputed in the backward pass."""
+
+    none = "none"
+    block = "block"
+
+
+class NonFinite(str, Enum):
+    """What a NaN or infinite loss or gradient does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class WandbMode(str, Enum):
+    """`auto`: online with a key and a network, else offline, without a prompt."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Device(str, Enum):
+    """`auto`: CUDA if there is a GPU, else the CPU."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+class Toggle(str, Enum):
+    """A switch that can decide by itself."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+@dataclass
+class ModelConfig:
+    """The transformer. The defaults are GPT-2's choices; `model=llama` switches to the modern ones."""
+
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_heads: int = 12
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention). None: as many as query heads. Must divide `num_heads`."""
+    width: int = 768
+    """Width of the residual stream, E."""
+    head_dim: int | None = None
+    """Width of one head, D. None: width / num_heads."""
+    mlp_width: int | None = None
+    """Hidden width of the MLP. None: 4 × width; for swiglu 8/3 × width, rounded up to a multiple of 128."""
+    sequence_length: int = 1024
+    """Tokens a sample, S: the longest context the model is trained on."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary. None: taken from the tokenizer of the prepared data."""
+    vocab_multiple: int = 128
+    """The embedding is padded to a multiple of this; padding is never predicted. 1: no padding."""
+    position: Position = Position.learned
+    """Position information."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies; only with `position=rope`."""
+    norm: Norm = Norm.layernorm
+    """Kind of normalisation."""
+    norm_eps: float = 1e-5
+    """Added to the variance before its root."""
+    activation: Activation = Activation.gelu_tanh
+    """Non-linearity of the MLP."""
+    bias: bool = True
+    """Biases in the linear layers and, with layernorm, in the norms."""
+    tied_embeddings: bool = True
+    """The head shares the embedding's matrix."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys of each head before their product."""
+    attention: Attention = Attention.auto
+    """Implementation of attention. auto: flash on CUDA, sdpa on a CPU."""
+    window: int | None = None
+    """Sliding window: a token sees itself and this many tokens before it. None: all before it."""
+    attention_softcap: float = 0.0
+    """Scores become c·tanh(score/c). 0: off."""
+    logit_softcap: float = 0.0
+    """Logits become c·tanh(logit/c). 0: off."""
+    dropout: float = 0.0
+    """Probability of dropout on embeddings, attention weights, and both residual branches. 0: off."""
+    z_loss: float = 0.0
+    """Weight of log(Z)², Z the softmax's normaliser, in the loss (PaLM, section 5). 0: off."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; projections into the residual stream get std / sqrt(2·num_layers)."""
+    fused: Toggle = Toggle.auto
+    """Liger's fused Triton kernels for the loss and RMSNorm. auto: on CUDA. off: plain PyTorch."""
+
+
+@dataclass
+class DataConfig:
+    """Corpus, tokenizer, shards and loader."""
+
+    source: Source = Source.stdlib
+    """Kind of source. `stdlib`: the Python standard library's own sources, always there."""
+    path: str | None = None
+    """For text, jsonl and parquet: a file, a folder or a glob. For hub: the dataset's name (`owner/name`)."""
+    subset: str | None = None
+    """hub: the dataset's configuration. None: its only or default one."""
+    revision: str | None = None
+    """hub: commit, tag or branch, so that a run can be repeated. None: the newest."""
+    split: str = "train"
+    """hub: the split to train on."""
+    validation_split: str | None = None
+    """hub: the split to validate on. None: hold out `validation_fraction` of the documents."""
+    validation_fraction: float = 0.02
+    """Share of documents held out, chosen by a hash of their text, so that it doesn't depend on their order."""
+    text_key: str = "text"
+    """Column or field that holds the text."""
+    max_documents: int | None = None
+    """Read only so many documents. None: all."""
+    tokenizer: str = "train"
+    """`train`: train a byte-level BPE on this corpus; else a `tokenizer.json` file or folder, or a hub name such as `gpt2`."""
+    tokenizer_vocab_size: int = 4096
+    """Vocabulary of a tokenizer trained here, special tokens included; at least 257."""
+    cache_dir: str = ".cache/data"
+    """Folder of prepared corpora and trained tokenizers."""
+    shard_tokens: int = 100_000_000
+    """Tokens a shard file at most."""
+    num_workers: int = 0
+    """Processes that tokenise. 0: one a core."""
+    shuffle: bool = True
+    """Shuffle the samples of each epoch. False: in corpus order."""
+    document_mask: bool = False
+    """Tokens see only their own document (`cu_seqlens` to the kernels). False: packed documents see each other."""
+    prefetch: int = 4
+    """Global batches that the loader's thread keeps ready. 0: load on the training thread."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    schedule: Schedule = Schedule.cosine
+    """Shape after the warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up. 0: none."""
+    decay_steps: int | None = None
+    """Steps of the final decay. None: all steps after the warm-up; for wsd a fifth of all steps."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, on matrices and embeddings only. 0: off."""
+    grad_clip: float = 1.0
+    """Largest norm of the global gradient. 0: off."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, in what batches, and what happens every so often."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int | None = None
+    """Sequences an optimizer step, over all ranks. Any two of the three batch keys decide the third."""
+    micro_batch_size: int | None = None
+    """Sequences a forward pass on one rank. None: global batch / (ranks × accumulation)."""
+    accumulation_steps: int | None = None
+    """Micro-batches an optimizer step on one rank. None: global batch / (ranks × micro batch)."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 250
+    """Steps between evaluations; there is one at the end as well. 0: never."""
+    eval_sequences: int = 256
+    """Sequences an evaluation reads, always the same ones. 0: the whole validation split."""
+    sample_tokens: int = 0
+    """Tokens of the text sampled at each evaluation. 0: off."""
+    sample_prompt: str = "\n"
+    """What the sampled text begins with."""
+    save_every: int = 500
+    """Steps between checkpoints; there is one at the end as well. 0: only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept. 0: all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good. 0: off."""
+    nonfinite: NonFinite = NonFinite.stop
+    """A NaN or infinite loss or gradient stops the run, or skips that step's update."""
+    profile_steps: int = 0
+    """Profile this many steps after the tenth and write the MFU waterfall into the run folder. 0: off."""
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed sharding and precision (`engine=zero0|zero1|zero2|zero3|zero3_offload`)."""
+
+    zero_stage: int = 1
+    """0: replicate, 1: shard optimizer states, 2: gradients as well, 3: parameters as well."""
+    precision: Precision = Precision.auto
+    """Arithmetic. bf16 and fp16 keep fp32 master weights."""
+    fp32_accumulation: bool = True
+    """Sum gradients of micro-batches in fp32. False: in the model's dtype (less memory, less exact)."""
+    loss_scale: float = 0.0
+    """fp16: a fixed loss scale. 0: dynamic."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in CPU memory; stages 1 to 3."""
+    offload_params: bool = False
+    """Keep parameters in CPU memory; stage 3."""
+    bucket_size: int = 500_000_000
+    """Elements a communication bucket at stages 1 to 3."""
+    overlap_comm: bool = True
+    """Overlap gradient communication with the backward pass at stages 1 to 3."""
+    recompute: Recompute = Recompute.none
+    """Activation checkpointing."""
+    compile: Toggle = Toggle.auto
+    """`torch.compile` of each block. auto: on CUDA at stages 0 to 2."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer than this fails."""
+
+
+@dataclass
+class HardwareConfig:
+    """The machine."""
+
+    device: Device = Device.auto
+    """Device to train on."""
+    peak_tflops: float | None = None
+    """Dense peak of one device at the run's precision, TFLOP/s. None: from the table of known devices, else measured."""
+    tf32: bool = True
+    """fp32 matrix products may use TF32 tensor cores (never in `deterministic` runs)."""
+
+
+@dataclass
+class LoggingConfig:
+    """wandb, progress and plots."""
+
+    wandb: WandbMode = WandbMode.auto
+    """wandb's mode. disabled: off."""
+    project: str = "flashtrain"
+    """wandb project."""
+    entity: str | None = None
+    """wandb entity. None: the key's default."""
+    group: str | None = None
+    """wandb group. None: none."""
+    tags: list[str] = field(default_factory=list)
+    """wandb tags."""
+    wandb_timeout_s: float = 8.0
+    """Seconds to wait for wandb's server before the run goes on offline."""
+    progress: Toggle = Toggle.auto
+    """Live progress bar. auto: on a terminal; else a line every `train.log_every` steps."""
+    plot: bool = True
+    """Write `curves.png` at each evaluation and at the end."""
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    name: str = "quickstart"
+    """Name of the run; its folder is `runs/<name>/`."""
+    run_dir: str | None = None
+    """Folder of the run. None: `runs/<name>`."""
+    seed: int = 1337
+    """Seed of initialisation, data order and dropout."""
+    deterministic: bool = False
+    """Only algorithms whose results can be repeated bit for bit; slower on a GPU."""
+    resume: str = "auto"
+    """auto: go on from the newest valid checkpoint of the run folder, if any. never: refuse to overwrite one.
+    Else the path of a checkpoint, or of a run folder, to go on from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
