@@ -345,7 +345,7 @@ class RunConfig:
     deterministic: bool = False
     """Only algorithms whose results can be repeated bit for bit; slower on a GPU."""
     resume: str = "auto"
-    """auto: go on from the newest valid checkpoint of the run folder, if any. never: refuse to overwrite one.
+    """auto: go on from the newest valid checkpoint of the run folder, if any. never: start anew, moving what is there aside.
     Else the path of a checkpoint, or of a run folder, to go on from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
