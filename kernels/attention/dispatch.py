@@ -1,23 +1,27 @@
-"""Which implementation ("path") computes an attention problem: the one seam between the operator and the kernels.
+"""Which implementation ("path") computes an attention problem: the one seam between the operator and the
+kernels.
 
-A *path* is a package that offers three functions on plain tensors (see :class:`Path`); nothing else of a path is
-visible outside it:
+A *path* is a package that offers three functions on plain tensors (see :class:`Path`); nothing else of a path
+is visible outside it:
 
 ``supports(problem) -> str | None``
-    ``None`` if the path can compute ``problem``, otherwise one sentence that says why not (shown to the user when the
-    path was forced). Must not touch a device.
+    ``None`` if the path can compute ``problem``, otherwise one sentence that says why not (shown to the user
+    when the path was forced). Must not touch a device.
 ``forward(q, k, v, params, extras) -> (out, lse)``
     Allocates and returns ``out`` (the shape and dtype of ``q``, contiguous) and ``lse`` (fp32, natural log,
-    ``(B, H, Sq)`` dense or ``(H, total_q)`` varlen; ``-inf`` for a row that sees no key, whose ``out`` row is 0).
+    ``(B, H, Sq)`` dense or ``(H, total_q)`` varlen; ``-inf`` for a row that sees no key, whose ``out`` row is
+    0).
 ``backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras) -> None``
-    Fills the given gradients in place. ``dq``, ``dk``, ``dv`` are ``None`` where no gradient is wanted; ``dk`` and
+    Fills the given gradients in place. ``dq``, ``dk``, ``dv`` are ``None`` where no gradient is wanted;
+    ``dk`` and
     ``dv`` are wanted or not wanted together. They may be strided slices of one packed tensor (last stride 1).
-    ``dlse`` is the gradient of ``lse`` or ``None``. Every element of a given gradient must be written, also those of
-    keys that no query sees and, for varlen, of tokens past ``cu_seqlens[-1]`` (they get 0).
+    ``dlse`` is the gradient of ``lse`` or ``None``. Every element of a given gradient must be written, also
+    those of keys that no query sees and, for varlen, of tokens past ``cu_seqlens[-1]`` (they get 0).
 
-All tensors have unit stride in the last dimension (the operator copies the others first), any other strides, one
-device, and one dtype (fp16, bf16 or fp32) but for ``lse``, ``dlse`` (fp32) and those in :class:`AttnExtras`. The
-statistic ``lse`` means the same in every path, so that the forward of one may be followed by the backward of another.
+All tensors have unit stride in the last dimension (the operator copies the others first), any other strides,
+one device, and one dtype (fp16, bf16 or fp32) but for ``lse``, ``dlse`` (fp32) and those in
+:class:`AttnExtras`. The statistic ``lse`` means the same in every path, so that the forward of one may be
+followed by the backward of another.
 
 Legend: B batch, S sequence, H query heads, Hk key/value heads (H % Hk == 0), D head dim.
 Dense layout is (B, S, H, D); varlen layout is (total, H, D) with ``cu_seqlens`` of B + 1 int32 offsets.
@@ -35,7 +39,8 @@ PATH_ENV = "FLASH_ATTN_PATH"
 PATHS: dict[str, str] = {"hopper": "kernels.attention.hopper", "portable": "kernels.attention.portable"}
 """Path name -> the package that implements it."""
 AUTO_PATHS: tuple[str, ...] = ("portable",)
-"""What ``auto`` may choose, fastest first. A path joins once the GPU tests have passed with it on its hardware."""
+"""What ``auto`` may choose, fastest first. A path joins once the GPU tests have passed with it on its
+hardware."""
 
 Direction = Literal["forward", "backward"]
 
@@ -51,7 +56,8 @@ class AttnParams:
     max_seqlen_k: int
     """Dense: Sk. Varlen: upper bound of the key lengths."""
     causal: bool = False
-    """Aligned to the bottom right corner; already folded into ``window_right`` (0), kept for tuning and scheduling."""
+    """Aligned to the bottom right corner; already folded into ``window_right`` (0), kept for tuning and
+    scheduling."""
     window_left: int = -1
     """Query i sees keys j >= i + Sk - Sq - window_left; -1: no limit."""
     window_right: int = -1
@@ -72,7 +78,8 @@ class AttnExtras:
     """(B + 1,) int32, contiguous, on the device; given together with ``cu_seqlens_k``: varlen layout."""
     cu_seqlens_k: Tensor | None = None
     alibi_slopes: Tensor | None = None
-    """(H,) or (B, H) fp32, last stride 1: adds -slope * |i + Sk - Sq - j| to the scores (after the soft cap)."""
+    """(H,) or (B, H) fp32, last stride 1: adds -slope * |i + Sk - Sq - j| to the scores (after the soft
+    cap)."""
     rng_state: Tensor | None = None
     """(2,) int64 on the device: seed and offset of the dropout mask; given exactly when dropout_p > 0."""
 
@@ -98,7 +105,8 @@ class Problem:
     varlen: bool = False
     alibi: bool = False
     aligned: bool = True
-    """Every base address and every stride but the last is a multiple of 16 bytes (what TMA descriptors need)."""
+    """Every base address and every stride but the last is a multiple of 16 bytes (what TMA descriptors
+    need)."""
     device_type: str = "cuda"
     capability: tuple[int, int] | None = None
     """CUDA compute capability, e.g. (9, 0); None on a CPU (the Triton interpreter)."""
@@ -158,7 +166,8 @@ def choose_path(problem: Problem) -> str:
 def describe(
     tensors: tuple[Tensor, ...], params: AttnParams, extras: AttnExtras, direction: Direction
 ) -> Problem:
-    """The :class:`Problem` of a call on ``tensors``: q, k, v and, backward, the others that share their layout."""
+    """The :class:`Problem` of a call on ``tensors``: q, k, v and, backward, the others that share their
+    layout."""
     q, k = tensors[:2]
     cu = extras.cu_seqlens_q
     return Problem(
