@@ -1,0 +1,134 @@
+"""Hydra, and everything about it: `compose` a config from overrides, `launch` a command-line tool.
+
+The road of a value: YAML or command line → Hydra → the dataclasses of `configs.schema` → the section's owner. Hydra's
+own run folders, logging and working directory are off: a run folder is ours, and paths mean what they mean in the shell.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from configs import schema
+from configs.errors import UserError
+from configs.messages import config_error, leaf_keys, schema_keys, unknown_key
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONFIG_FOLDER = Path(__file__).parent
+LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
+SECTIONS: dict[str, type[schema.RunConfig]] = {"config": schema.RunConfig}
+"""Primary config file → its schema; a tool with a section of its own adds one (`register`)."""
+
+Config = TypeVar("Config", bound=schema.RunConfig)
+
+
+def register() -> None:
+    """Put the schema where Hydra finds it. May be called any number of times."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for name, node in SECTIONS.items():
+        store.store(name="run_schema" if name == "config" else f"{name}_schema", node=node)
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "config") -> schema.RunConfig:
+    """Compose `configs/<config_name>.yaml` with command-line style overrides (`["experiment=gpt2_124m", "train.steps=10"]`).
+
+    Raises `UserError` that names the key or the option that is wrong.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            composed = hydra_compose(config_name, overrides=list(overrides))
+            return to_dataclass(composed, config_name)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise config_error(error, CONFIG_FOLDER, SECTIONS[config_name]) from error
+
+
+def to_dataclass(composed: DictConfig, config_name: str) -> schema.RunConfig:
+    """The composed config as its dataclass. Raises `UserError` for keys that `+key=value` added and nothing reads."""
+    from omegaconf import OmegaConf
+
+    node = SECTIONS[config_name]
+    unknown = set(leaf_keys(OmegaConf.to_container(composed))) - set(schema_keys(node))
+    if unknown:
+        raise UserError(unknown_key(min(unknown), node))
+    return cast(schema.RunConfig, OmegaConf.to_object(composed))
+
+
+def strip_launcher_flags(argv: Sequence[str]) -> list[str]:
+    """Remove what the `deepspeed` launcher and old `torch.distributed.launch` append (`--local_rank=0`, `--local_rank 0`)."""
+    kept: list[str] = []
+    skip_value = False
+    for argument in argv:
+        if skip_value and "=" not in argument and not argument.startswith("-"):
+            skip_value = False
+            continue
+        skip_value = argument in LAUNCHER_FLAGS
+        if not skip_value and argument.split("=")[0] not in LAUNCHER_FLAGS:
+            kept.append(argument)
+    return kept
+
+
+def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
+    """Run `task(config)` for this process's command line and exit with what it returns.
+
+    All of Hydra's command line works: overrides, `--multirun`, `--cfg job`, `--info`, `--help`. In a sweep each job gets
+    a run folder of its own, named by its overrides. A wrong key, type or option ends with a short message and exit code 2;
+    HYDRA_FULL_ERROR=1 shows where it came from.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    want_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
+    sys.argv[1:] = strip_launcher_flags(sys.argv[1:])
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
+    def entry(composed: DictConfig) -> None:
+        config = cast(Config, to_dataclass(composed, config_name))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            name_sweep_job(config, list(HydraConfig.get().overrides.task), HydraConfig.get().job.num)
+        codes.append(task(config))
+
+    try:
+        entry()
+    except (HydraException, OmegaConfBaseException) as error:
+        if want_traceback:
+            raise
+        fail(config_error(error, CONFIG_FOLDER, SECTIONS[config_name]))
+    except UserError as error:
+        if want_traceback:
+            raise
+        fail(error)
+    sys.exit(max(codes, default=0))
+
+
+def name_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: int) -> None:
+    """Give a job of a sweep its own run folder: `<folder>/<number>_<overrides>`."""
+    label = ",".join(o for o in overrides if o.split("=")[0] not in ("run_dir", "name", "experiment"))
+    label = "".join(c if c.isalnum() or c in "=.,_-" else "-" for c in label)[:120]
+    config.run_dir = str(Path(config.run_dir or f"runs/{config.name}") / f"{number}_{label}")
+
+
+def fail(error: UserError) -> None:
+    """Print the message on the first rank only and exit with code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - before any logging exists
+    sys.exit(2)
