@@ -1,7 +1,8 @@
 """Hydra, and everything about it: `compose` a config from overrides, `launch` a command-line tool.
 
-The road of a value: YAML or command line → Hydra → the dataclasses of `configs.schema` → the section's owner. Hydra's
-own run folders, logging and working directory are off: a run folder is ours, and paths mean what they mean in the shell.
+The road of a value: YAML or command line → Hydra → the dataclasses of `configs.schema` → the section's owner.
+Hydra's own run folders, logging and working directory are off: a run folder is ours, and paths mean what they
+mean in the shell.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def register() -> None:
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config") -> schema.RunConfig:
-    """Compose `configs/<config_name>.yaml` with command-line style overrides (`["experiment=gpt2_124m", "train.steps=10"]`).
+    """Compose `configs/<config_name>.yaml` with overrides as on a command line (`["experiment=gpt2_124m"]`).
 
     Raises `UserError` that names the key or the option that is wrong.
     """
@@ -51,12 +52,12 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> schem
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             composed = hydra_compose(config_name, overrides=list(overrides))
             return to_dataclass(composed, config_name)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise config_error(error, CONFIG_FOLDER, SECTIONS[config_name]) from error
 
 
 def to_dataclass(composed: DictConfig, config_name: str) -> schema.RunConfig:
-    """The composed config as its dataclass. Raises `UserError` for keys that `+key=value` added and nothing reads."""
+    """The composed config as its dataclass. Raises `UserError` for a key that `+key=value` adds."""
     from omegaconf import OmegaConf
 
     node = SECTIONS[config_name]
@@ -67,7 +68,7 @@ def to_dataclass(composed: DictConfig, config_name: str) -> schema.RunConfig:
 
 
 def strip_launcher_flags(argv: Sequence[str]) -> list[str]:
-    """Remove what the `deepspeed` launcher and old `torch.distributed.launch` append (`--local_rank=0`, `--local_rank 0`)."""
+    """Remove what the `deepspeed` launcher and old `torch.distributed.launch` append (`--local_rank=0`)."""
     kept: list[str] = []
     skip_value = False
     for argument in argv:
@@ -83,15 +84,14 @@ def strip_launcher_flags(argv: Sequence[str]) -> list[str]:
 def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     """Run `task(config)` for this process's command line and exit with what it returns.
 
-    All of Hydra's command line works: overrides, `--multirun`, `--cfg job`, `--info`, `--help`. In a sweep each job gets
-    a run folder of its own, named by its overrides. A wrong key, type or option ends with a short message and exit code 2;
-    HYDRA_FULL_ERROR=1 shows where it came from.
+    All of Hydra's command line works: overrides, `--multirun`, `--cfg job`, `--info`, `--help`. In a sweep
+    each job gets a run folder of its own, named by its overrides. A wrong key, type or option ends with a short
+    message and exit code 2; HYDRA_FULL_ERROR=1 shows where it came from.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from hydra.types import RunMode
-    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
     register()
@@ -99,18 +99,20 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
     sys.argv[1:] = strip_launcher_flags(sys.argv[1:])
     codes: list[int] = []
+    composed_well: list[bool] = []  # from there on an error is the task's own
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
     def entry(composed: DictConfig) -> None:
         config = cast(Config, to_dataclass(composed, config_name))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             name_sweep_job(config, list(HydraConfig.get().overrides.task), HydraConfig.get().job.num)
+        composed_well.append(True)
         codes.append(task(config))
 
     try:
         entry()
-    except (HydraException, OmegaConfBaseException) as error:
-        if want_traceback:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if want_traceback or composed_well:
             raise
         fail(config_error(error, CONFIG_FOLDER, SECTIONS[config_name]))
     except UserError as error:

@@ -82,18 +82,17 @@ def unknown_key(key: str, schema: type) -> str:
     keys = list(schema_keys(schema))
     if key in {k.rsplit(".", 1)[0] for k in keys if "." in k}:
         example = next(k for k in keys if k.startswith(key + "."))
-        return f"'{key}' is a group of keys; give one of its options ({key}=NAME) or a key in it, such as {example}."
-    return f"Unknown key '{key}'.{_closest(key, keys)} All keys, with their meaning: configs/schema.py, or --cfg job."
+        return f"'{key}' is a group of keys: give one of its options ({key}=NAME) or a key in it ({example}=...)."
+    return f"Unknown key '{key}'.{_closest(key, keys)} All keys: --cfg job; their meaning: configs/schema.py."
 
 
 def _wrong_value(text: str) -> str | None:
     key = re.search(r"full_key: (\S+)", text)
     if not key:
         return None
-    reason = next((line for line in text.splitlines() if "value" in line.lower() or "expected" in line.lower()), "")
-    reason = reason.strip() or text.splitlines()[0]
-    reason = re.sub(r"^Error merging override \S+:?\s*", "", reason)
-    return f"Wrong value for '{key[1]}': {reason}"
+    noise = ("Error merging override", " ")
+    reason = next((line for line in text.splitlines() if line and not line.startswith(noise)), "wrong type")
+    return f"Wrong value for '{key[1]}': {'it cannot be null' if 'is not Optional' in reason else reason}"
 
 
 def _plain(error: Exception) -> str:
@@ -102,7 +101,7 @@ def _plain(error: Exception) -> str:
 
 
 def plain(value: object) -> object:
-    """Dataclasses, enums and lists as plain JSON and YAML values, for `config.yaml`, wandb and checkpoints."""
+    """Dataclasses, enums and lists as plain JSON and YAML values: `config.yaml`, wandb, checkpoints."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):

@@ -1,18 +1,21 @@
 """The schema of a run: every key that `train.py` and the tools in `scripts/` accept.
 
-One dataclass a section; the string under a field says what it means, its unit, and the value that turns it off.
-Hydra composes the YAML tree in this folder onto these dataclasses (`configs.compose`), so an unknown key or a value of
-the wrong type is an error that names the key. Defaults live here and nowhere else; the YAML files are differences.
+One dataclass a section; the string under a field says what it means, its unit, and the value that turns it
+off.
+Hydra composes the YAML tree in this folder onto these dataclasses (`configs.compose`), so an unknown key or a
+value of
+the wrong type is an error that names the key. Defaults live here and nowhere else; the YAML files are
+differences.
 `configs.validate` checks what concerns several keys, all problems at once, before anything is built.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class Attention(str, Enum):
+class Attention(StrEnum):
     """Implementations behind the attention seam (`model.attention`)."""
 
     auto = "auto"
@@ -22,7 +25,7 @@ class Attention(str, Enum):
     standard = "standard"
 
 
-class Position(str, Enum):
+class Position(StrEnum):
     """How a model knows the order of its tokens."""
 
     learned = "learned"
@@ -31,14 +34,14 @@ class Position(str, Enum):
     none = "none"
 
 
-class Norm(str, Enum):
+class Norm(StrEnum):
     """Normalisation before each sub-layer and before the head."""
 
     layernorm = "layernorm"
     rmsnorm = "rmsnorm"
 
 
-class Activation(str, Enum):
+class Activation(StrEnum):
     """Non-linearity of the MLP; `swiglu` is gated and has a third matrix."""
 
     gelu_tanh = "gelu_tanh"
@@ -47,7 +50,7 @@ class Activation(str, Enum):
     swiglu = "swiglu"
 
 
-class Source(str, Enum):
+class Source(StrEnum):
     """Where the documents come from."""
 
     stdlib = "stdlib"
@@ -57,7 +60,7 @@ class Source(str, Enum):
     parquet = "parquet"
 
 
-class Schedule(str, Enum):
+class Schedule(StrEnum):
     """Shape of the learning rate after the warm-up."""
 
     cosine = "cosine"
@@ -66,8 +69,9 @@ class Schedule(str, Enum):
     constant = "constant"
 
 
-class Precision(str, Enum):
-    """Arithmetic of the forward and backward pass. `auto`: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass. `auto`: bf16 on a GPU that has it, fp16 on an older one,
+    fp32 on a CPU."""
 
     auto = "auto"
     bf16 = "bf16"
@@ -75,21 +79,21 @@ class Precision(str, Enum):
     fp32 = "fp32"
 
 
-class Recompute(str, Enum):
+class Recompute(StrEnum):
     """Activation checkpointing: nothing, or whole blocks, recomputed in the backward pass."""
 
     none = "none"
     block = "block"
 
 
-class NonFinite(str, Enum):
+class NonFinite(StrEnum):
     """What a NaN or infinite loss or gradient does."""
 
     stop = "stop"
     skip = "skip"
 
 
-class WandbMode(str, Enum):
+class WandbMode(StrEnum):
     """`auto`: online with a key and a network, else offline, without a prompt."""
 
     auto = "auto"
@@ -98,7 +102,7 @@ class WandbMode(str, Enum):
     disabled = "disabled"
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     """`auto`: CUDA if there is a GPU, else the CPU."""
 
     auto = "auto"
@@ -106,7 +110,7 @@ class Device(str, Enum):
     cpu = "cpu"
 
 
-class Toggle(str, Enum):
+class Toggle(StrEnum):
     """A switch that can decide by itself."""
 
     auto = "auto"
@@ -123,7 +127,8 @@ class ModelConfig:
     num_heads: int = 12
     """Query heads."""
     num_kv_heads: int | None = None
-    """Key and value heads (grouped-query attention). None: as many as query heads. Must divide `num_heads`."""
+    """Key and value heads (grouped-query attention). None: as many as query heads. Must divide
+    `num_heads`."""
     width: int = 768
     """Width of the residual stream, E."""
     head_dim: int | None = None
@@ -165,7 +170,8 @@ class ModelConfig:
     z_loss: float = 0.0
     """Weight of log(Z)², Z the softmax's normaliser, in the loss (PaLM, section 5). 0: off."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; projections into the residual stream get std / sqrt(2·num_layers)."""
+    """Standard deviation of the initial weights; projections into the residual stream get std /
+    sqrt(2·num_layers)."""
     fused: Toggle = Toggle.auto
     """Liger's fused Triton kernels for the loss and RMSNorm. auto: on CUDA. off: plain PyTorch."""
 
@@ -187,13 +193,15 @@ class DataConfig:
     validation_split: str | None = None
     """hub: the split to validate on. None: hold out `validation_fraction` of the documents."""
     validation_fraction: float = 0.02
-    """Share of documents held out, chosen by a hash of their text, so that it doesn't depend on their order."""
+    """Share of documents held out, chosen by a hash of their text, so that it doesn't depend on their
+    order."""
     text_key: str = "text"
     """Column or field that holds the text."""
     max_documents: int | None = None
     """Read only so many documents. None: all."""
     tokenizer: str = "train"
-    """`train`: train a byte-level BPE on this corpus; else a `tokenizer.json` file or folder, or a hub name such as `gpt2`."""
+    """`train`: train a byte-level BPE on this corpus; else a `tokenizer.json` file or folder, or a hub name
+    such as `gpt2`."""
     tokenizer_vocab_size: int = 4096
     """Vocabulary of a tokenizer trained here, special tokens included; at least 257."""
     cache_dir: str = ".cache/data"
@@ -205,7 +213,8 @@ class DataConfig:
     shuffle: bool = True
     """Shuffle the samples of each epoch. False: in corpus order."""
     document_mask: bool = False
-    """Tokens see only their own document (`cu_seqlens` to the kernels). False: packed documents see each other."""
+    """Tokens see only their own document (`cu_seqlens` to the kernels). False: packed documents see each
+    other."""
     prefetch: int = 4
     """Global batches that the loader's thread keeps ready. 0: load on the training thread."""
 
@@ -305,7 +314,8 @@ class HardwareConfig:
     device: Device = Device.auto
     """Device to train on."""
     peak_tflops: float | None = None
-    """Dense peak of one device at the run's precision, TFLOP/s. None: from the table of known devices, else measured."""
+    """Dense peak of one device at the run's precision, TFLOP/s. None: from the table of known devices, else
+    measured."""
     tf32: bool = True
     """fp32 matrix products may use TF32 tensor cores (never in `deterministic` runs)."""
 
@@ -345,7 +355,8 @@ class RunConfig:
     deterministic: bool = False
     """Only algorithms whose results can be repeated bit for bit; slower on a GPU."""
     resume: str = "auto"
-    """auto: go on from the newest valid checkpoint of the run folder, if any. never: start anew, moving what is there aside.
+    """auto: go on from the newest valid checkpoint of the run folder, if any. never: start anew, moving what
+    is there aside.
     Else the path of a checkpoint, or of a run folder, to go on from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

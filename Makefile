@@ -1,0 +1,41 @@
+# make train: the default job.  make test: everything that a machine without a GPU can check.
+# Both create .venv first, from the versions in constraints.txt; nothing but python3 (3.11 or 3.12) is needed.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+.PHONY: train test lint test-gpu compile-check constraints clean
+
+train: .venv/installed
+	@$(BIN)/python train.py $(ARGS)
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	@echo "Installing into .venv (a minute or two; on a machine with a GPU several GB) ..."
+	@$(PYTHON) -m venv .venv
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 2>&1 | { grep -v WARNING || true; }
+	@touch $@
+
+lint: .venv/installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu" --durations=15 $(ARGS)
+
+test-gpu: .venv/installed
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+compile-check: .venv/installed
+	@$(BIN)/python scripts/compile_check.py $(ARGS)
+
+constraints: .venv/installed
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
