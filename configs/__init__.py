@@ -85,8 +85,8 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     """Run `task(config)` for this process's command line and exit with what it returns.
 
     All of Hydra's command line works: overrides, `--multirun`, `--cfg job`, `--info`, `--help`. In a sweep
-    each job gets a run folder of its own, named by its overrides. A wrong key, type or option ends with a short
-    message and exit code 2; HYDRA_FULL_ERROR=1 shows where it came from.
+    each job gets a run folder of its own, named by its overrides. A wrong key, type or option ends with a
+    short message and exit code 2; HYDRA_FULL_ERROR=1 shows where it came from.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig

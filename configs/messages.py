@@ -82,7 +82,7 @@ def unknown_key(key: str, schema: type) -> str:
     keys = list(schema_keys(schema))
     if key in {k.rsplit(".", 1)[0] for k in keys if "." in k}:
         example = next(k for k in keys if k.startswith(key + "."))
-        return f"'{key}' is a group of keys: give one of its options ({key}=NAME) or a key in it ({example}=...)."
+        return f"'{key}' is a group of keys: give one of its options ({key}=NAME) or one key ({example}=)."
     return f"Unknown key '{key}'.{_closest(key, keys)} All keys: --cfg job; their meaning: configs/schema.py."
 
 
