@@ -37,9 +37,7 @@ def leaf_keys(tree: object, prefix: str = "") -> Iterator[str]:
 def config_error(error: Exception, folder: Path, schema: type) -> UserError:
     """Turn a composition error into a `UserError` of a few lines."""
     text = "\n".join(str(e) for e in _chain(error))
-    return UserError(
-        _missing_option(text, folder) or _unknown_key(text, schema) or _wrong_value(text) or _plain(error)
-    )
+    return UserError(_missing_option(text, folder) or _unknown_key(text, schema) or _wrong_value(text) or _plain(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -124,9 +124,7 @@ def test_every_key_is_read_somewhere() -> None:
     rooms = ("model", "data", "training", "kernels", "scripts")
     sources = [path.read_text() for room in rooms for path in (ROOT / room).rglob("*.py")]
     code = "\n".join([*sources, (ROOT / "train.py").read_text()])
-    unread = [
-        key for key in schema_keys(schema.RunConfig) if not re.search(rf"\.{key.rsplit('.', 1)[-1]}\b", code)
-    ]
+    unread = [key for key in schema_keys(schema.RunConfig) if not re.search(rf"\.{key.rsplit('.', 1)[-1]}\b", code)]
     assert not unread, f"keys that nothing reads: {unread}"
 
 

@@ -1,0 +1,113 @@
+"""A run's folder: what lies in it, who may write to it, and what becomes of an earlier run there.
+
+runs/<name>/
+  config.yaml      the resolved config
+  metrics.jsonl    one object per logged step
+  curves.png       loss and MFU
+  checkpoints/     step_XXXXXXXX/ and the pointer `latest`
+  wandb/           wandb's own files
+  run.log          everything that libraries said, and tracebacks
+  previous/N/      what `resume=never` found here and moved aside
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from configs.errors import UserError
+from configs.messages import plain
+from configs.schema import RunConfig
+
+OURS = ("config.yaml", "metrics.jsonl", "curves.png", "checkpoints", "wandb", "run.log")
+"""What a run writes; anything else in the folder is the user's and stays."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "run.log"
+
+
+def run_folder(config: RunConfig) -> RunFolder:
+    """The folder that `run_dir` or `name` says, as an absolute path."""
+    return RunFolder(Path(config.run_dir or Path("runs") / config.name).expanduser().resolve())
+
+
+@contextmanager
+def claim(folder: RunFolder, resume: str) -> Iterator[None]:
+    """Make the folder and hold it against other processes; with `resume=never` move an earlier run aside first.
+
+    Only the first rank calls this. Raises `UserError` where the folder can't be written or another run holds it.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.path / ".lock", "a+")  # noqa: SIM115 - held for the whole run
+    except OSError as error:
+        raise UserError(f"run_dir {folder.path} can't be written: {error.strerror}. Give run_dir=PATH.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(
+                f"Another run (process {owner}) is writing to {folder.path}: wait for it, or give run_dir=PATH."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        if resume == "never":
+            move_aside(folder)
+        yield
+
+
+def move_aside(folder: RunFolder) -> Path | None:
+    """Move what an earlier run wrote into `previous/<n>/`, the next free number. Returns that folder, or None."""
+    found = [folder.path / name for name in OURS if (folder.path / name).exists()]
+    if not found:
+        return None
+    numbers = [int(p.name) for p in (folder.path / "previous").glob("*") if p.name.isdigit()]
+    target = folder.path / "previous" / str(max(numbers, default=0) + 1)
+    target.mkdir(parents=True)
+    for path in found:
+        path.rename(target / path.name)
+    return target
+
+
+def write_config(folder: RunFolder, config: RunConfig) -> None:
+    """Write the resolved config, whole or not at all."""
+    partial = folder.config.with_suffix(".yaml.tmp")
+    partial.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    partial.replace(folder.config)

@@ -1,0 +1,144 @@
+"""What must hold between keys: found before anything is built, reported together, each problem with its remedy.
+
+A problem of one room is stated by that room (`model.check`, `training.batch.resolve_batch`); this file asks them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from configs.errors import UserError
+from configs.schema import Attention, Device, Precision, RunConfig, Schedule, Source, Toggle
+from training.batch import resolve_batch
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Raise one `UserError` that lists every problem of `config` on `world_size` ranks."""
+    problems = list(find_problems(config, world_size))
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"The config has {count}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def find_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Every problem as a sentence that names the dotted key, what was given, and the remedy."""
+    from model import check
+
+    yield from _numbers(config)
+    yield from check(config.model)
+    yield from _data(config)
+    yield from _optim(config)
+    yield from _engine(config)
+    yield from _device(config)
+    try:
+        resolve_batch(config.train, world_size)
+    except UserError as error:
+        yield str(error)
+
+
+def _numbers(config: RunConfig) -> Iterator[str]:
+    """Ranges of single numbers."""
+    train, data, optim = config.train, config.data, config.optim
+    at_least = {
+        "train.steps": (train.steps, 1),
+        "train.log_every": (train.log_every, 1),
+        "train.eval_every": (train.eval_every, 0),
+        "train.eval_sequences": (train.eval_sequences, 0),
+        "train.sample_tokens": (train.sample_tokens, 0),
+        "train.save_every": (train.save_every, 0),
+        "train.keep_last": (train.keep_last, 0),
+        "train.keep_every": (train.keep_every, 0),
+        "train.profile_steps": (train.profile_steps, 0),
+        "data.num_workers": (data.num_workers, 0),
+        "data.shard_tokens": (data.shard_tokens, 1),
+        "data.prefetch": (data.prefetch, 0),
+        "data.tokenizer_vocab_size": (data.tokenizer_vocab_size, 257),
+        "optim.warmup_steps": (optim.warmup_steps, 0),
+        "optim.grad_clip": (optim.grad_clip, 0),
+        "optim.weight_decay": (optim.weight_decay, 0),
+        "engine.bucket_size": (config.engine.bucket_size, 1),
+        "engine.loss_scale": (config.engine.loss_scale, 0),
+        "logging.wandb_timeout_s": (config.logging.wandb_timeout_s, 0),
+        "seed": (config.seed, 0),
+    }
+    for key, (value, minimum) in at_least.items():
+        if not value >= minimum:
+            yield f"{key} is {value}: it must be at least {minimum}."
+    positive = {
+        "optim.lr": optim.lr,
+        "optim.eps": optim.eps,
+        "engine.timeout_minutes": config.engine.timeout_minutes,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            yield f"{key} is {value}: it must be above 0."
+    shares = {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}
+    shares |= {"data.validation_fraction": data.validation_fraction}
+    for key, value in shares.items():
+        if not 0 <= value < 1:
+            yield f"{key} is {value}: it must be at least 0 and below 1."
+    if not 0 <= optim.min_lr_ratio <= 1:
+        yield f"optim.min_lr_ratio is {optim.min_lr_ratio}: it must be between 0 and 1."
+    if config.hardware.peak_tflops is not None and not config.hardware.peak_tflops > 0:
+        yield f"hardware.peak_tflops is {config.hardware.peak_tflops}: give TFLOP/s above 0, or null."
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.source is not Source.stdlib and not data.path:
+        what = "the dataset's name" if data.source is Source.hub else "a file, a folder or a glob"
+        yield f"data.path is not set: data={data.source} needs {what} (data.path=...)."
+    if data.source is Source.stdlib and data.path:
+        yield f"data.path is {data.path!r}, which data=stdlib does not read: choose data=text, jsonl, parquet or hub."
+    if data.source is not Source.hub and data.validation_split is not None:
+        yield "data.validation_split is for data=hub: use data.validation_fraction."
+    if not data.validation_split and not data.validation_fraction and config.train.eval_every:
+        yield "train.eval_every needs a validation split: set data.validation_fraction above 0, or train.eval_every=0."
+
+
+def _optim(config: RunConfig) -> Iterator[str]:
+    optim, steps = config.optim, config.train.steps
+    decay = optim.decay_steps or 0
+    if optim.warmup_steps >= steps > 0:
+        yield (
+            f"optim.warmup_steps is {optim.warmup_steps} but train.steps is {steps}: the warm-up must be shorter "
+            f"(optim.warmup_steps={steps // 10})."
+        )
+    elif optim.warmup_steps + decay > steps:
+        yield (
+            f"optim.warmup_steps ({optim.warmup_steps}) and optim.decay_steps ({decay}) are more than train.steps "
+            f"({steps}): shorten one of them."
+        )
+    if optim.decay_steps is not None and optim.schedule is Schedule.constant:
+        yield "optim.decay_steps has no meaning with optim.schedule=constant: remove one of them."
+
+
+def _engine(config: RunConfig) -> Iterator[str]:
+    engine = config.engine
+    if engine.zero_stage not in (0, 1, 2, 3):
+        yield f"engine.zero_stage is {engine.zero_stage}: it must be 0, 1, 2 or 3 (engine=zero0|zero1|zero2|zero3)."
+    if engine.offload_params and engine.zero_stage != 3:
+        yield f"engine.offload_params needs engine.zero_stage=3, not {engine.zero_stage} (engine=zero3_offload)."
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        yield "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3."
+    if engine.compile is Toggle.on and engine.zero_stage == 3:
+        yield (
+            "engine.compile=on does not work with engine.zero_stage=3: ZeRO-3's hooks on every module break the graph. "
+            "Use engine=zero2, or engine.compile=off."
+        )
+    if engine.loss_scale and engine.precision not in (Precision.fp16, Precision.auto):
+        yield f"engine.loss_scale is for engine.precision=fp16, not {engine.precision}: set it to 0."
+
+
+def _device(config: RunConfig) -> Iterator[str]:
+    has_gpu = torch.cuda.is_available()
+    device, attention = config.hardware.device, config.model.attention
+    if device is Device.cuda and not has_gpu:
+        yield "hardware.device is cuda, but PyTorch sees no GPU here: use hardware=auto or hardware=cpu."
+    on_cpu = device is Device.cpu or (device is Device.auto and not has_gpu)
+    if on_cpu and attention in (Attention.flash, Attention.flash1):
+        yield f"model.attention={attention} needs a GPU: use model.attention=auto, sdpa or standard on a CPU."
+    if on_cpu and config.engine.precision is Precision.fp16:
+        yield "engine.precision=fp16 needs a GPU: use fp32 or bf16 on a CPU."
