@@ -101,7 +101,7 @@ def test_no_sparse_figure() -> None:
 def test_rates_double_from_type_to_type(row: hardware.DevicePeaks) -> None:
     """Tensor cores run a type of half the width twice as fast, so one sparse figure in a row shows up as a 4."""
     if row.bf16 is not None and row.tf32 is not None:
-        assert row.bf16 / row.tf32 == pytest.approx(2.0, rel=0.02)
+        assert row.bf16 / row.tf32 == pytest.approx(2.0, rel=0.03)
     if row.bf16 is not None and row.fp8 is not None:
         assert row.fp8 / row.bf16 == pytest.approx(2.0, rel=0.03)
     if row.bf16 is not None and row.names[0] != "Instinct MI100":  # its bf16 runs at half rate
