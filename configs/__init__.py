@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
 CONFIG_FOLDER = Path(__file__).parent
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
-SECTIONS: dict[str, type[schema.RunConfig]] = {"config": schema.RunConfig}
-"""Primary config file → its schema; a tool with a section of its own adds one (`register`)."""
+SECTIONS: dict[str, type[schema.RunConfig]] = {
+    "config": schema.RunConfig,
+    "compare": schema.CompareRunConfig,
+    "scaling": schema.ScalingRunConfig,
+}
+"""Primary config file → its schema: `config` for `train.py`, others for tools with a section of their own."""
 
 Config = TypeVar("Config", bound=schema.RunConfig)
 
@@ -34,7 +38,7 @@ def register() -> None:
 
     store = ConfigStore.instance()
     for name, node in SECTIONS.items():
-        store.store(name="run_schema" if name == "config" else f"{name}_schema", node=node)
+        store.store(name=f"{name}_schema", node=node)
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config") -> schema.RunConfig:

@@ -252,7 +252,8 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps of the whole run."""
     global_batch_size: int | None = None
-    """Sequences an optimizer step, over all ranks. Any two of the three batch keys decide the third."""
+    """Sequences an optimizer step, over all ranks. Any two of the three batch keys decide the third; where only
+    this one or the micro-batch is given, there is no accumulation."""
     micro_batch_size: int | None = None
     """Sequences a forward pass on one rank. None: global batch / (ranks × accumulation)."""
     accumulation_steps: int | None = None
@@ -268,7 +269,7 @@ class TrainConfig:
     sample_prompt: str = "\n"
     """What the sampled text begins with."""
     save_every: int = 500
-    """Steps between checkpoints; there is one at the end as well. 0: only at the end."""
+    """Steps between checkpoints; there is one at the end as well. 0: none, also not at the end or on a signal."""
     keep_last: int = 2
     """Newest checkpoints that are kept. 0: all."""
     keep_every: int = 0
@@ -365,3 +366,45 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class CompareConfig:
+    """`scripts/compare_attention.py`."""
+
+    attention: list[Attention] = field(
+        default_factory=lambda: [Attention.standard, Attention.flash1, Attention.sdpa, Attention.flash]
+    )
+    """Implementations to train with, one after the other; the first is what speed-ups are relative to."""
+    steps: int = 30
+    """Optimizer steps each; the first third is warm-up and not measured."""
+    paper: bool = False
+    """Compare at the four settings of the FlashAttention-2 paper's table 1 instead of one experiment (`--paper`)."""
+
+
+@dataclass
+class CompareRunConfig(RunConfig):
+    """A run, and what to compare in it."""
+
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@dataclass
+class ScalingConfig:
+    """`scripts/scaling.py`."""
+
+    world_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Numbers of processes on this host; the first is what efficiencies are relative to."""
+    engines: list[str] = field(default_factory=lambda: ["zero1"])
+    """Options of `engine=` to measure."""
+    steps: int = 30
+    """Optimizer steps each; the first third is warm-up and not measured."""
+    strong: bool = False
+    """Keep the global batch (strong scaling). False: keep the batch of a rank (weak scaling)."""
+
+
+@dataclass
+class ScalingRunConfig(RunConfig):
+    """A run, and over how many processes to scale it."""
+
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)

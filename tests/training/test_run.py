@@ -1,0 +1,83 @@
+"""The run folder: claimed by one process, moved aside only when asked."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs import compose
+from configs.errors import UserError
+from training.run import RunFolder, claim, move_aside, run_folder, write_config
+
+
+def test_folder_is_runs_name_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folder(compose([])).path == tmp_path / "runs" / "quickstart"
+    assert run_folder(compose(["run_dir=else/where"])).path == tmp_path / "else" / "where"
+
+
+def test_second_process_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    holder = (
+        "import sys, time; from pathlib import Path; from training.run import RunFolder, claim\n"
+        f"with claim(RunFolder(Path({str(folder.path)!r})), 'auto'):\n    print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "held"
+        with pytest.raises(UserError, match=str(process.pid)), claim(folder, "auto"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.time() + 10
+    while time.time() < deadline:  # the kernel drops a dead process's lock
+        try:
+            with claim(folder, "auto"):
+                return
+        except UserError:
+            time.sleep(0.1)
+    pytest.fail("the lock outlived its process")
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"run_dir .*file/run can't be written"),
+        claim(RunFolder(tmp_path / "file" / "run"), "auto"),
+    ):
+        pass
+
+
+def test_never_moves_an_earlier_run_aside_and_keeps_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number in (1, 2):
+        folder.checkpoints.mkdir()
+        (folder.checkpoints / "weights").write_text(f"run {number}")
+        (tmp_path / "notes.txt").write_text("the user's")
+        with claim(folder, "never"):
+            assert not folder.checkpoints.exists()
+        assert (tmp_path / "previous" / str(number) / "checkpoints" / "weights").read_text() == f"run {number}"
+    assert (tmp_path / "notes.txt").read_text() == "the user's"
+    assert move_aside(folder) is None
+
+
+def test_auto_leaves_an_earlier_run_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    with claim(folder, "auto"):
+        assert folder.checkpoints.exists()
+
+
+def test_config_is_written_resolved(tmp_path: Path) -> None:
+    config = compose(["train.steps=7", "model.attention=standard"])
+    write_config(RunFolder(tmp_path), config)
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert tree["train"]["steps"] == 7
+    assert tree["model"]["attention"] == "standard"
+    assert os.listdir(tmp_path) == ["config.yaml"]

@@ -1,0 +1,62 @@
+"""Cross-field checks: each problem is found, named and has a remedy; all are reported at once."""
+
+import pytest
+import torch
+
+from configs import compose
+from configs.errors import UserError
+from training.validate import find_problems, validate
+
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.steps=0"], ["train.steps is 0", "at least 1"]),
+        (["optim.lr=0"], ["optim.lr"]),
+        (["optim.beta2=1.0"], ["optim.beta2"]),
+        (["optim.min_lr_ratio=2"], ["optim.min_lr_ratio"]),
+        (["optim.warmup_steps=480"], ["optim.warmup_steps is 480", "train.steps is 480"]),
+        (["optim.decay_steps=470"], ["optim.warmup_steps (40)", "optim.decay_steps (470)"]),
+        (["optim.schedule=constant", "optim.decay_steps=3"], ["optim.decay_steps", "constant"]),
+        (["data=text"], ["data.path is not set"]),
+        (["data.path=x"], ["data=stdlib does not read"]),
+        (["data.validation_fraction=0"], ["train.eval_every", "data.validation_fraction"]),
+        (["engine.zero_stage=4"], ["engine.zero_stage is 4"]),
+        (["engine.offload_params=true"], ["engine.zero_stage=3"]),
+        (["engine=zero0", "engine.offload_optimizer=true"], ["engine.offload_optimizer"]),
+        (["engine=zero3", "engine.compile=on"], ["engine.compile=on", "engine=zero2"]),
+        (["engine.precision=bf16", "engine.loss_scale=128"], ["engine.loss_scale"]),
+        (["train.global_batch_size=16", "train.micro_batch_size=3"], ["train.global_batch_size", "train.micro_batch"]),
+        (["model.num_heads=3"], ["model.num_heads"]),
+        (["hardware.peak_tflops=-1"], ["hardware.peak_tflops"]),
+    ],
+)
+def test_problem_is_named(overrides: list[str], words: list[str]) -> None:
+    problems = list(find_problems(compose(overrides), world_size=1))
+    assert any(all(word in problem for word in words) for problem in problems), problems
+
+
+@CPU_ONLY
+@pytest.mark.parametrize(
+    "override", ["hardware.device=cuda", "model.attention=flash", "model.attention=flash1", "engine.precision=fp16"]
+)
+def test_what_needs_a_gpu_says_so(override: str) -> None:
+    problems = list(find_problems(compose([override]), world_size=1))
+    assert [p for p in problems if override.split("=")[0] in p and ("GPU" in p)], problems
+
+
+def test_all_problems_come_together() -> None:
+    config = compose(["train.steps=0", "engine.zero_stage=9", "data=jsonl"])
+    with pytest.raises(UserError) as caught:
+        validate(config, world_size=1)
+    text = str(caught.value)
+    for key in ("train.steps", "engine.zero_stage", "data.path"):
+        assert key in text
+    assert len(text.splitlines()) <= 25
+
+
+def test_default_config_is_valid() -> None:
+    for world_size in (1, 2, 4):
+        validate(compose([]), world_size)
