@@ -1,0 +1,156 @@
+"""The transformer: GPT-2, and by config its modern descendants.
+
+    tokens -> embedding (+ positions) -> blocks -> norm -> head -> logits or loss
+    block:  x + attention(norm(x)), then x + mlp(norm(x))          (pre-norm; Radford et al. 2019, section 2.3)
+
+B batch, S sequence, E width, V vocabulary. Parameters are only touched inside the forward of the module that owns
+them, and no forward waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.errors import UserError
+from configs.schema import ModelConfig, Position
+from model.attention import Context, SelfAttention, resolve_attention
+from model.checks import check
+from model.dimensions import resolve_dimensions
+from model.init import Embedding, Linear
+from model.layers import MLP, alibi_slopes, build_norm, rotary_tables, token_positions
+from model.loss import Head
+
+__all__ = ["GPT", "Block", "build_model", "check"]
+
+
+class Block(nn.Module):
+    """One layer: (B, S, E) to (B, S, E)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        sizes = resolve_dimensions(config)
+        self.attention_norm = build_norm(config, sizes.width)
+        self.attention = SelfAttention(config, sizes)
+        self.mlp_norm = build_norm(config, sizes.width)
+        self.mlp = MLP(config, sizes)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """The model of a `ModelConfig`, with initial weights from the global random generator."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes = sizes = resolve_dimensions(config)
+        self.recompute = False
+        std = config.init_std
+        self.embedding = Embedding(sizes.padded_vocab_size, sizes.width, std=std, num_used=sizes.vocab_size)
+        learned = config.position is Position.learned
+        self.position = Embedding(sizes.sequence_length, sizes.width, std=std) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(sizes.num_layers))
+        self.norm = build_norm(config, sizes.width)
+        self.head = Head(config, sizes, tied=self.embedding.weight if config.tied_embeddings else None)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits, or with targets the sums of the losses.
+
+        tokens (B, S) int64 below `vocab_size`; targets (B, S) int64, -100 where not counted; cu_seqlens (n+1,)
+        int32: the first token of each document in the flattened B·S tokens, and B·S at the end, where every
+        sample starts a new document. With it attention stays inside documents and positions count from their
+        start; max_seqlen is an upper bound of their lengths (None: S).
+
+        Returns logits (B, S, V) fp32, with `last_only` those of the last token (B, 1, V); or with targets fp32
+        (2,): the cross-entropy in nats summed over the counted tokens, and the sum of the z-loss times its weight.
+        """
+        context = self.context(tokens, cu_seqlens, max_seqlen)
+        x = self.embedding(tokens)  # (B, S, E)
+        if self.position is not None:
+            x = x + self.position(token_positions(tokens, cu_seqlens))
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = self.run_block(block, x, context)
+        x = self.norm(x[:, -1:] if last_only else x)
+        out: Tensor = self.head(x, targets)
+        return out
+
+    def context(self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Context:
+        """What all blocks share: the attention implementation, positions, documents."""
+        config, length = self.config, tokens.shape[1]
+        if config.position is Position.learned and length > self.sizes.sequence_length:
+            raise ValueError(
+                f"{length} tokens are more than the {self.sizes.sequence_length} learned positions; "
+                "raise model.sequence_length or use model.position=rope"
+            )
+        rotary, alibi = None, None
+        if config.position is Position.rope:
+            positions = token_positions(tokens, cu_seqlens)
+            rotary = rotary_tables(positions, self.sizes.head_dim, config.rope_theta)
+        if config.position is Position.alibi:
+            alibi = alibi_slopes(self.sizes.num_heads, tokens.device)
+        longest = 0 if cu_seqlens is None else max_seqlen or length
+        attention = resolve_attention(config, tokens.device, self.compute_dtype(tokens.device))
+        return Context(attention, rotary, alibi, cu_seqlens, longest)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of queries and keys: autocast's where it is on, else the weights'."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.embedding.weight.dtype
+
+    def run_block(self, block: nn.Module, x: Tensor, context: Context) -> Tensor:
+        """One block, keeping only its input for the backward pass if `set_recompute(True)`."""
+        if self.recompute and torch.is_grad_enabled():
+            keep_rng = self.config.dropout > 0
+            out: Tensor = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=keep_rng)
+        else:
+            out = block(x, context)
+        return out
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.recompute = recompute
+
+    def compile_blocks(self) -> None:
+        """Compile each block by itself: equal blocks share one compilation, and the names of parameters stay."""
+        for block in self.blocks:
+            block.compile()
+
+    def decay_groups(self) -> list[tuple[str, list[nn.Parameter]]]:
+        """`decay`: the matrices of linear layers, embeddings and head; `no_decay`: norms and biases.
+
+        Told apart by the module that owns a parameter and not by its shape, which ZeRO-3 takes away. A shared
+        matrix is listed once.
+        """
+        decay = [m.weight for m in self.modules() if isinstance(m, Linear | Embedding | Head)]
+        decay = list(dict.fromkeys(decay))
+        chosen = set(decay)
+        return [("decay", decay), ("no_decay", [p for p in self.parameters() if p not in chosen])]
+
+
+def build_model(config: ModelConfig) -> GPT:
+    """The model of a config whose `vocab_size` is set; under `torch.device("meta")` without memory (`initialise`).
+
+    Raises `UserError` with all that is wrong with the config.
+    """
+    problems = check(config)
+    if config.vocab_size is None:
+        problems.append("model.vocab_size is not set; take it from the prepared data, or set the number of tokens")
+    if problems:
+        raise UserError("\n".join(problems))
+    return GPT(config)
