@@ -13,10 +13,11 @@ is visible outside it:
     0).
 ``backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras) -> None``
     Fills the given gradients in place. ``dq``, ``dk``, ``dv`` are ``None`` where no gradient is wanted;
-    ``dk`` and
-    ``dv`` are wanted or not wanted together. They may be strided slices of one packed tensor (last stride 1).
-    ``dlse`` is the gradient of ``lse`` or ``None``. Every element of a given gradient must be written, also
-    those of keys that no query sees and, for varlen, of tokens past ``cu_seqlens[-1]`` (they get 0).
+    ``dk`` and ``dv`` are wanted or not wanted together. They may be strided slices of one packed tensor (last
+    stride 1). ``dlse`` is the gradient of ``lse`` or ``None``. Every element of a sequence must be written,
+    also for keys that no query sees (0). Dense gradients arrive uninitialised; varlen ones arrive zeroed, so
+    that tokens past ``cu_seqlens[-1]``, which belong to no sequence, keep 0. (``forward`` allocates its own
+    results and must see to the same: 0 in ``out`` and -inf in ``lse`` there.)
 
 All tensors have unit stride in the last dimension (the operator copies the others first), any other strides,
 one device, and one dtype (fp16, bf16 or fp32) but for ``lse``, ``dlse`` (fp32) and those in
@@ -163,9 +164,7 @@ def choose_path(problem: Problem) -> str:
     raise ValueError(f"no attention kernel for this call ({PATH_ENV}={forced}). " + "; ".join(reasons))
 
 
-def describe(
-    tensors: tuple[Tensor, ...], params: AttnParams, extras: AttnExtras, direction: Direction
-) -> Problem:
+def describe(tensors: tuple[Tensor, ...], params: AttnParams, extras: AttnExtras, direction: Direction) -> Problem:
     """The :class:`Problem` of a call on ``tensors``: q, k, v and, backward, the others that share their
     layout."""
     q, k = tensors[:2]

@@ -1,0 +1,211 @@
+"""The attention operators of ``torch.library``: ``torch.ops.flashtrain.attention*``.
+
+Three forward operators that differ only in how q, k and v are packed, and one backward operator for each,
+which writes the gradients of a packed input into slices of one tensor (no concatenation):
+
+    attention            q, k, v    (B, S, heads, D) each, or (total, heads, D)
+    attention_kvpacked   q, kv      kv (B, S, 2, Hk, D) or (total, 2, Hk, D)
+    attention_qkvpacked  qkv        (B, S, 3, H, D) or (total, 3, H, D)
+
+Every forward returns (out, lse), both differentiable. Operators are opaque to ``torch.compile``, know their
+output shapes (fake kernels), cast q, k, v under autocast, and refuse second derivatives. Random numbers are
+drawn outside (``rng_state``), so that an operator is a pure function of its arguments.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention.dispatch import AttnExtras, AttnParams, choose_path, describe, get_path
+
+NAMESPACE = "flashtrain"
+_OPTIONS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? rng_state, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+    "SymInt window_left, SymInt window_right, float softcap, float dropout_p, bool deterministic"
+)
+_NUM_EXTRAS = 4
+_PACKINGS = {"attention": ("q", "k", "v"), "attention_kvpacked": ("q", "kv"), "attention_qkvpacked": ("qkv",)}
+_MAX_ROW_STRIDE = 2**23
+"""Kernels compute offsets inside a tile of up to 256 rows in 32 bits."""
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def unpack(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as views of the inputs of an operator: (q, k, v), (q, kv) or (qkv,)."""
+    if len(packed) == 3:
+        return packed
+    if len(packed) == 2:
+        q, kv = packed
+        return q, kv.select(-3, 0), kv.select(-3, 1)  # (..., 2, Hk, D) -> (..., Hk, D)
+    (qkv,) = packed
+    return qkv.select(-3, 0), qkv.select(-3, 1), qkv.select(-3, 2)  # (..., 3, H, D) -> (..., H, D)
+
+
+def _parse_options(options: tuple[Any, ...]) -> tuple[AttnParams, AttnExtras]:
+    extras = AttnExtras(*(None if t is None else t.contiguous() for t in options[:_NUM_EXTRAS]))
+    max_q, max_k, scale, causal, left, right, softcap, dropout_p, deterministic = options[_NUM_EXTRAS:]
+    right = 0 if causal else right
+    reach = max_q + max_k  # no pair of positions is further apart: such a limit is none
+    params = AttnParams(
+        softmax_scale=scale,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        causal=causal,
+        window_left=left if 0 <= left < reach else -1,
+        window_right=right if 0 <= right < reach else -1,
+        softcap=max(softcap, 0.0),
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+    return params, extras
+
+
+def _kernel_ready(tensor: Tensor) -> Tensor:
+    """``tensor``, copied if a kernel could not address it (last stride not 1, or rows too far apart)."""
+    row_stride = tensor.stride(-3)
+    unit = tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+    return tensor if unit and row_stride < _MAX_ROW_STRIDE else tensor.contiguous()
+
+
+def _forward(num_tensors: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        params, extras = _parse_options(args[num_tensors:])
+        q, k, v = (_kernel_ready(t) for t in unpack(args[:num_tensors]))
+        path = get_path(choose_path(describe((q, k, v), params, extras, "forward")))
+        return path.forward(q, k, v, params, extras)
+
+    return forward
+
+
+def _forward_fake(num_tensors: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        q, _, _ = unpack(args[:num_tensors])
+        varlen = args[num_tensors] is not None
+        shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
+        return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+    return forward
+
+
+def _new_gradients(packed: tuple[Tensor, ...], wanted: list[bool], varlen: bool) -> list[Tensor]:
+    """One contiguous gradient per input, an empty tensor where none is wanted. Varlen gradients start at 0:
+    tokens past cu_seqlens[-1] belong to no sequence, and no kernel writes them."""
+    make = Tensor.new_zeros if varlen else Tensor.new_empty
+    return [make(t, t.shape) if want else t.new_empty(0) for t, want in zip(packed, wanted, strict=True)]
+
+
+def _wanted(num_tensors: int, need_q: bool, need_kv: bool) -> list[bool]:
+    return {3: [need_q, need_kv, need_kv], 2: [need_q, need_kv], 1: [need_q or need_kv]}[num_tensors]
+
+
+def _backward(num_tensors: int) -> Callable[..., Any]:
+    def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
+        packed = args[:num_tensors]
+        need_q, need_kv = args[num_tensors : num_tensors + 2]
+        params, extras = _parse_options(args[num_tensors + 2 :])
+        grads = _new_gradients(packed, _wanted(num_tensors, need_q, need_kv), extras.varlen)
+        if num_tensors == 3:
+            dq, dk, dv = (g if g.numel() == t.numel() else None for g, t in zip(grads, packed, strict=True))
+        elif num_tensors == 2:
+            dq = grads[0] if need_q else None
+            dk, dv = (grads[1].select(-3, 0), grads[1].select(-3, 1)) if need_kv else (None, None)
+        else:
+            dq, dk, dv = unpack((grads[0],))
+        q, k, v = (_kernel_ready(t) for t in unpack(packed))
+        dout = _kernel_ready(dout)
+        dlse = None if dlse is None else dlse.contiguous()
+        problem = describe((q, k, v, dout), params, extras, "backward")
+        path = get_path(choose_path(problem))
+        path.backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras)
+        return tuple(grads) if num_tensors > 1 else grads[0]
+
+    return backward
+
+
+def _backward_fake(num_tensors: int) -> Callable[..., Any]:
+    def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
+        packed = args[:num_tensors]
+        need_q, need_kv = args[num_tensors : num_tensors + 2]
+        grads = _new_gradients(packed, _wanted(num_tensors, need_q, need_kv), varlen=False)
+        return tuple(grads) if num_tensors > 1 else grads[0]
+
+    return backward
+
+
+def _setup_context(num_tensors: int) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        num_saved = num_tensors + _NUM_EXTRAS
+        ctx.save_for_backward(*output, *inputs[:num_saved])
+        ctx.scalars = inputs[num_saved:]
+        ctx.set_materialize_grads(False)  # lse rarely has a gradient: None costs nothing, zeros would
+
+    return setup_context
+
+
+def _autograd(name: str, num_tensors: int) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *saved = ctx.saved_tensors
+        packed, extras = saved[:num_tensors], saved[num_tensors:]
+        wanted = ctx.needs_input_grad[:num_tensors]
+        need_q, need_kv = wanted[0], any(wanted[1:]) or num_tensors == 1
+        rest: tuple[None, ...] = (None,) * (_NUM_EXTRAS + len(ctx.scalars))
+        if dout is None and dlse is None:
+            return (None,) * num_tensors + rest
+        dout = torch.zeros_like(out) if dout is None else dout
+        op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
+        grads = op(dout, dlse, out, lse, *packed, need_q, need_kv, *extras, *ctx.scalars)
+        grads = grads if num_tensors > 1 else (grads,)
+        return tuple(g if want else None for g, want in zip(grads, wanted, strict=True)) + rest
+
+    return backward
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "flash attention has no second derivative; use standard_attention (model.attention=standard) "
+        "where one is needed"
+    )
+
+
+def _register_autocast(name: str, num_tensors: int) -> None:
+    """Under autocast q, k, v (not the fp32 statistics or slopes) are cast to the autocast dtype."""
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+        dispatch_key = getattr(torch._C.DispatchKey, key)
+
+        def rule(*args: Any, _device: str = device, _key: Any = dispatch_key) -> Any:
+            dtype = torch.get_autocast_dtype(_device)
+            cast = [t.to(dtype) if t.is_floating_point() else t for t in args[:num_tensors]]
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
+                return op(*cast, *args[num_tensors:])
+
+        op.py_impl(dispatch_key)(rule)  # what tracing (torch.compile) looks up
+        _library.impl(name, lambda _, *args, _rule=rule: _rule(*args), key, with_keyset=True)
+
+
+def _define(name: str, inputs: tuple[str, ...]) -> None:
+    num = len(inputs)
+    tensors = ", ".join(f"Tensor {x}" for x in inputs)
+    results = "Tensor" if num == 1 else f"({', '.join(['Tensor'] * num)})"
+    _library.define(f"{name}({tensors}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+    _library.define(
+        f"{name}_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {tensors}, "
+        f"bool need_q, bool need_kv, {_OPTIONS}) -> {results}"
+    )
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, _forward(num), key)
+        _library.impl(f"{name}_backward", _backward(num), key)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, _forward_fake(num), lib=_library)
+    torch.library.register_fake(f"{qualified}_backward", _backward_fake(num), lib=_library)
+    torch.library.register_autograd(qualified, _autograd(name, num), setup_context=_setup_context(num), lib=_library)
+    torch.library.register_autograd(f"{qualified}_backward", _no_second_derivative, lib=_library)
+    _register_autocast(name, num)
+
+
+for _name, _inputs in _PACKINGS.items():
+    _define(_name, _inputs)

@@ -1,0 +1,62 @@
+"""The portable attention path: FlashAttention-2 in plain Triton, for every GPU that Triton knows (sm_80 and
+later) and for the interpreter. ``kernels.attention.dispatch`` says what the functions here must do."""
+
+import torch
+from torch import Tensor
+
+from kernels.attention.dispatch import AttnExtras, AttnParams, Problem
+from kernels.attention.portable.launch import Call, launch_delta, launch_dkdv, launch_dq, launch_forward
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this path can not compute ``problem``, or None."""
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"head dim {problem.head_dim} is above {MAX_HEAD_DIM}"
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype} is not one of float16, bfloat16, float32"
+    if problem.capability is not None and problem.capability < (8, 0):
+        return f"compute capability {problem.capability} is below (8, 0)"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> tuple[Tensor, Tensor]:
+    """(out, lse); see :mod:`kernels.attention.dispatch`."""
+    call = Call(q, k, params, extras)
+    if extras.varlen:  # tokens past cu_seqlens[-1] belong to no program
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.full(call.lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
+    else:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device)
+    launch_forward(call, v, out, lse)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    params: AttnParams,
+    extras: AttnExtras,
+) -> None:
+    """Fill the gradients that are given; see :mod:`kernels.attention.dispatch`. Always deterministic."""
+    call = Call(q, k, params, extras)
+    delta = torch.empty_like(lse)
+    launch_delta(call, dout, out, dlse, delta)
+    if dq is not None:
+        launch_dq(call, v, dout, lse, delta, dq)
+    if dk is not None and dv is not None:
+        launch_dkdv(call, v, dout, lse, delta, dk, dv)
+
+
+__all__ = ["backward", "forward", "supports"]

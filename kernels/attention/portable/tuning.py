@@ -1,0 +1,61 @@
+"""Block sizes, warps and pipeline stages of the portable kernels: one pure function, no autotuning.
+
+Autotuning at run time picks different kernels on different ranks and breaks bitwise repeatability between
+runs, so the choice is a table, made from what compilation shows (registers, spills, shared memory, serialized
+wgmma).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kernel = Literal["forward", "dq", "dkdv", "delta"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Launch configuration of one kernel."""
+
+    block_m: int
+    """Query rows per tile."""
+    block_n: int
+    """Key rows per tile."""
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a tile: ``tl.dot`` needs powers of two and at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose_tile(
+    kernel: Kernel, head_dim: int, element_size: int, capability: tuple[int, int] | None, dropout: bool
+) -> Tile:
+    """Launch configuration of ``kernel``.
+
+    Args:
+        head_dim: D, 1 to 256.
+        element_size: bytes per element of q, k, v (2 or 4).
+        capability: CUDA compute capability, or None for the interpreter.
+        dropout: whether the mask generator runs in the loop (it needs registers and shared memory).
+    """
+    width = padded_head_dim(head_dim)
+    if kernel == "delta":
+        return Tile(block_m=64 if width > 128 else 128, block_n=0, num_warps=4, num_stages=1)
+    if capability is None:
+        # Small and unequal, so that small tests meet many blocks and no two kernels share a tiling
+        return {"forward": Tile(32, 16, 1, 1), "dq": Tile(16, 32, 1, 1), "dkdv": Tile(16, 32, 1, 1)}[kernel]
+    if element_size == 4:
+        return Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
+    return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 1)
+
+
+L2_BUDGET_BYTES = 16 * 2**20
+"""L2 bytes that the operands of a section of heads may take; the smallest L2 of a training GPU we schedule
+for is 40 MB (A100), half of which a streaming read can count on."""
+
+
+def section_heads(streamed_bytes_per_head: int, total_heads: int) -> int:
+    """Heads that are walked together so that what they stream stays in L2 (a power of two, at least 1)."""
+    fit = max(1, L2_BUDGET_BYTES // max(1, streamed_bytes_per_head))
+    return min(1 << (fit.bit_length() - 1), max(1, total_heads))
