@@ -146,7 +146,7 @@ def chunks(num_tokens: int, num_columns: int, device: torch.device) -> list[slic
 def accumulate_product_(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """total (padded V, E) fp32 += d_logits^T (padded V, n) · hidden (n, E), summed inside the product on CUDA."""
     if hidden.dtype is torch.float32:
-        total.addmm_(d_logits.t(), hidden)
+        torch.addmm(total, d_logits.t(), hidden, out=total)
     elif hidden.device.type == "cuda":
         torch.addmm(total, d_logits.t(), hidden, out_dtype=torch.float32, out=total)
     else:
