@@ -107,14 +107,14 @@ def test_sweep_jobs_have_folders_of_their_own() -> None:
 
 def test_every_field_is_documented() -> None:
     tree = ast.parse((ROOT / "configs/schema.py").read_text())
-    exempt = {"model", "data", "optim", "train", "engine", "hardware", "logging"}
+    sections = {"model", "data", "optim", "train", "engine", "hardware", "logging", "compare", "scaling"}
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
         assert ast.get_docstring(node), node.name
         for field, after in itertools.pairwise([*node.body, None]):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                if node.name == "RunConfig" and field.target.id in exempt:
+                if node.name.endswith("RunConfig") and field.target.id in sections:
                     continue
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert documented, f"{node.name}.{field.target.id} has no docstring"
