@@ -336,8 +336,6 @@ class ThroughputMeter:
             reason = f"The peak is too low for this device: {_REMEDY}"
             if key == MFU:
                 reason = f"{_MASKED_HALF} Otherwise the peak is too low for this device: {_REMEDY}"
-            numbers = f"{tflops:.4g} model TFLOP/s a device ({tokens_per_s:.4g} tokens/s)"
-            _LOG.error(
-                f"{key} is {mfu:.4g}, outside (0, 1], and is left out: {numbers} against {self._peak_tflops:.4g}. {reason}"
-            )
+            numbers = f"{tflops:.4g} model TFLOP/s a device ({tokens_per_s:.4g} tokens/s), peak {self._peak_tflops:.4g}"
+            _LOG.error(f"{key} is {mfu:.4g}, outside (0, 1], and is left out: {numbers}. {reason}")
         return None
