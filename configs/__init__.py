@@ -134,7 +134,7 @@ def name_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: i
 
 
 def fail(error: UserError) -> None:
-    """Print the message on the first rank only and exit with code 2."""
+    """Print the message on the first rank only and exit with the code of the error."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - before any logging exists
-    sys.exit(2)
+    sys.exit(error.exit_code)

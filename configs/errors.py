@@ -1,5 +1,18 @@
 """The error that a user reads."""
 
+USER_ERROR_EXIT_CODE = 2
+"""A wrong key, value, file or option."""
+OUT_OF_MEMORY_EXIT_CODE = 3
+"""The GPU's memory does not suffice for the model at this micro-batch."""
+
 
 class UserError(Exception):
     """A message to show without a traceback: what was given, what is wrong with it, and the remedy."""
+
+    exit_code = USER_ERROR_EXIT_CODE
+
+
+class OutOfMemoryError(UserError):
+    """The GPU is too small for what was asked."""
+
+    exit_code = OUT_OF_MEMORY_EXIT_CODE

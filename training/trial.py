@@ -1,0 +1,127 @@
+"""Short runs of `train.py` in fresh processes, for tools that compare settings.
+
+A trial is the real thing: the same command line, data, engine and loop as a user's run, without evaluation, samples and
+checkpoints. What it measured is read from its metrics.jsonl, so that a comparison cannot differ from what training logs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import OUT_OF_MEMORY_EXIT_CODE, UserError
+from training import metrics as m
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = (
+    "train.eval_every=0",
+    "train.sample_tokens=0",
+    "train.save_every=0",
+    "train.log_every=1",
+    "train.profile_steps=0",
+    "logging.plot=false",
+    "logging.progress=off",
+    "resume=never",
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial measured, over its steps after the warm-up."""
+
+    tokens_per_s: float
+    """Median, all ranks together."""
+    step_time_s: float
+    """Median."""
+    model_tflops: float | None
+    """Median per device; None where the log has none."""
+    mfu: float | None
+    """Median, attention in full (6N + 12·L·E·S)."""
+    mfu_causal: float | None
+    """Median, attention counted causally."""
+    peak_memory_gb: float
+    """Largest, rank 0's."""
+    loss: float
+    """Training loss of the last step, nats per token."""
+    num_steps: int
+    """Steps that the medians are over."""
+
+
+def run_trial(
+    overrides: Sequence[str],
+    run_dir: Path,
+    *,
+    steps: int,
+    world_size: int = 1,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Trial | None:
+    """Train `steps` optimizer steps with `overrides` into `run_dir`, on `world_size` processes of this host.
+
+    Returns None if the GPU's memory did not suffice. Raises `UserError` with the end of the run's output if it failed
+    otherwise. Ctrl-C stops the processes of the trial as well.
+    """
+    launcher = [sys.executable]
+    if world_size > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    command = [*launcher, str(ROOT / "train.py"), *overrides, *QUIET, f"train.steps={steps}", f"run_dir={run_dir}"]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with open(run_dir / "output.txt", "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                on_step(len(read_metrics(run_dir)))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode == OUT_OF_MEMORY_EXIT_CODE or "OutOfMemoryError" in (run_dir / "output.txt").read_text():
+        return None
+    if process.returncode != 0:
+        tail = "\n".join((run_dir / "output.txt").read_text().splitlines()[-15:])
+        raise UserError(
+            f"The trial in {run_dir} failed with exit code {process.returncode}. Its output ends with:\n{tail}"
+        )
+    return summarise(read_metrics(run_dir), steps)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl so far."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def summarise(rows: Sequence[dict[str, Any]], steps: int) -> Trial:
+    """Medians over the steps after the first third. Raises `UserError` if no step was measured."""
+    measured = [row for row in rows if row["step"] > steps // 3 and m.TOKENS_PER_S in row]
+    if not measured:
+        raise UserError(f"No step was measured in {steps} steps: give more.")
+
+    def median(key: str) -> float | None:
+        values = [row[key] for row in measured if row.get(key) is not None]
+        return statistics.median(values) if values else None
+
+    tokens_per_s, step_time_s = median(m.TOKENS_PER_S), median(m.STEP_TIME)
+    assert tokens_per_s is not None
+    assert step_time_s is not None
+    return Trial(
+        tokens_per_s=tokens_per_s,
+        step_time_s=step_time_s,
+        model_tflops=median(m.MODEL_TFLOPS),
+        mfu=median(m.MFU),
+        mfu_causal=median(m.MFU_CAUSAL),
+        peak_memory_gb=max(row[m.PEAK_MEMORY] for row in rows if m.PEAK_MEMORY in row),
+        loss=rows[-1][m.TRAIN_LOSS],
+        num_steps=len(measured),
+    )
