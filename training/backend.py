@@ -1,0 +1,151 @@
+"""DeepSpeed, quietly: importing it, and our `EngineConfig` in its terms.
+
+DeepSpeed is imported on first use, since that takes seconds; what it prints goes to Python's `logging`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from configs.schema import EngineConfig, Precision, Toggle
+from training.batch import BatchPlan
+
+LOG = logging.getLogger(__name__)
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+NEVER = 2**31  # steps between DeepSpeed's own progress lines
+
+
+class LogStream(io.TextIOBase):
+    """A text stream whose lines become log records."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                LOG.info("%s", line.rstrip())
+        return len(text)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Send what Python code prints to the log."""
+    with contextlib.redirect_stdout(LogStream()), contextlib.redirect_stderr(LogStream()):
+        yield
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The `deepspeed` module, set up for this kind of device, without its terminal output."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    with quiet():
+        import deepspeed
+        import deepspeed.ops
+    # It would compile a C++ extension for shared-memory collectives on CPUs; gloo does that work without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    log = logging.getLogger("DeepSpeed")
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = True
+    # It calls collectives by names that torch 2.13 calls old, which warns at every micro-batch.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    return deepspeed
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """What `engine.precision` means on this device. Raises `UserError` if the device can't do it."""
+    cuda = device.type == "cuda"
+    has_bf16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision is Precision.auto:
+        if not cuda:
+            return Precision.fp32
+        return Precision.bf16 if has_bf16 else Precision.fp16
+    if precision is Precision.bf16 and not has_bf16:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"engine.precision=bf16: {name} has no bf16 units; possible: fp16, fp32")
+    return precision
+
+
+def check_engine(config: EngineConfig, precision: Precision, device: torch.device) -> None:
+    """Raise `UserError` for what DeepSpeed or the device can't do."""
+    stage = config.zero_stage
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"engine.zero_stage={stage}: possible are 0, 1, 2 and 3")
+    if config.offload_optimizer and stage == 0:
+        raise UserError("engine.offload_optimizer=true: needs engine.zero_stage=1, 2 or 3, given 0")
+    if config.offload_params and stage != 3:
+        raise UserError(f"engine.offload_params=true: needs engine.zero_stage=3, given {stage}")
+    if config.compile is Toggle.on and stage == 3:
+        raise UserError(
+            "engine.compile=on: ZeRO-3 gathers and frees parameters inside each block, which breaks the compiled "
+            "graphs; possible: engine.compile=auto or off, or engine.zero_stage=0, 1 or 2"
+        )
+    if precision is Precision.fp16 and stage > 0 and device.type == "cpu":
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)()
+        if not supported:
+            raise UserError("engine.precision=fp16: this CPU has no fp16 units; possible: fp32, bf16, or zero_stage=0")
+
+
+def should_compile(config: EngineConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: `auto` means on CUDA at stages 0 to 2."""
+    if config.compile is Toggle.auto:
+        return device.type == "cuda" and config.zero_stage < 3
+    return config.compile is Toggle.on
+
+
+def deepspeed_config(
+    config: EngineConfig,
+    plan: BatchPlan,
+    precision: Precision,
+    *,
+    num_parameters: int,
+    device: torch.device,
+    world_size: int,
+) -> dict[str, Any]:
+    """DeepSpeed's config; clipping, learning rates and the loss scale, which the engine does itself, aren't in it."""
+    settings: dict[str, Any] = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": 0.0,
+        "steps_per_print": NEVER,
+        "timers": {"throughput": {"enabled": False}},  # it synchronises the device at every micro-batch
+    }
+    if config.zero_stage == 0:  # `ReplicatedAdamW` keeps masters and sums gradients itself
+        settings["communication_data_type"] = "fp32"
+        return settings
+    settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU needs no compiler
+    settings["zero_optimization"] = zero_section(config, num_parameters, device, world_size)
+    if precision is Precision.bf16:
+        # Non-finite gradients are looked for once, by the engine, before the step.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
+    elif precision is Precision.fp16:
+        settings["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    if config.fp32_accumulation:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def zero_section(config: EngineConfig, num_parameters: int, device: torch.device, world_size: int) -> dict[str, Any]:
+    """The `zero_optimization` section of stages 1 to 3."""
+    cuda = device.type == "cuda"
+    bucket = max(2, min(config.bucket_size, num_parameters + num_parameters % 2))  # it allocates whole buckets
+    section: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket - bucket % 2,
+        "overlap_comm": config.overlap_comm and cuda and world_size > 1,
+    }
+    place = {"device": "cpu", "pin_memory": cuda}
+    if config.offload_optimizer:
+        section["offload_optimizer"] = dict(place)
+    if config.offload_params:
+        section["offload_param"] = dict(place)
+    return section

@@ -1,0 +1,184 @@
+"""Processes of a run: who this one is, and how all of them agree.
+
+The same command works alone (`python train.py`), under `torchrun` or the `deepspeed` launcher (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT), and under `srun` (SLURM_*). Gradients travel over NCCL on GPUs and gloo on
+CPUs. What the host decides (a signal, a failed write, a config) travels over a second group, always gloo: it needs no
+device synchronisation, and a thread that writes a checkpoint can use it while the training thread uses the first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+from configs.schema import Device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where a process stands, as its launcher says."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+@dataclass
+class Processes:
+    """The process group of a run, from `init` to `close`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    timeout: timedelta
+    control: dist.ProcessGroup | None
+    """gloo group for `broadcast`, `gather`, `any` and `barrier`; None with one process."""
+    added_environment: tuple[str, ...] = field(default=())
+    """Variables that `init` set because no launcher had; `close` removes them."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes logs and manifests."""
+        return self.rank == 0
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value` on every rank; it travels pickled between the processes of the run, never in a file."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` on every rank, in the order of ranks."""
+        if self.control is None:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one."""
+        if self.control is None:
+            return flag
+        votes = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(votes.item())
+
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+        self.any(False)
+
+    def close(self) -> None:
+        """Leave the group. Waits for nobody, so that a failed rank can go; may be called twice."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in self.added_environment:
+            os.environ.pop(name, None)
+
+
+def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Processes:
+    """Join the run's processes; alone, be a group of one, without MPI or a launcher. Once a process.
+
+    Raises `UserError` if the device isn't there, or if there are more processes on a node than GPUs.
+    """
+    launch = detect_launch(os.environ)
+    alone = launch is None
+    launch = launch or Launch(0, 1, 0, "127.0.0.1", free_port())
+    added = export(launch)
+    target = pick_device(device, launch.local_rank)
+    timeout = timedelta(minutes=timeout_minutes)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    dist.init_process_group(
+        backend="nccl" if target.type == "cuda" else "gloo",
+        store=dist.HashStore() if alone else None,
+        init_method=None if alone else "env://",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout) if launch.world_size > 1 else None
+    return Processes(launch.rank, launch.world_size, launch.local_rank, target, timeout, control, added)
+
+
+def pick_device(device: Device, local_rank: int) -> torch.device:
+    """The device of the process that is number `local_rank` on its node. Raises `UserError` if it isn't there."""
+    if device is Device.cpu or (device is Device.auto and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or count == 0:
+        raise UserError("hardware.device=cuda: PyTorch sees no CUDA device here; possible: hardware.device=cpu")
+    if count == 1:  # a launcher that shows each process only its own GPU
+        return torch.device("cuda", 0)
+    if local_rank >= count:
+        raise UserError(f"process {local_rank + 1} on this node has no GPU: {count} are visible; start {count} a node")
+    return torch.device("cuda", local_rank)
+
+
+def detect_launch(environment: Mapping[str, str]) -> Launch | None:
+    """Read the launcher's variables: torchrun's, else those of a SLURM step; None if there is no launcher."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Launch(
+            rank=int(environment["RANK"]),
+            world_size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environment.get("MASTER_PORT", "29500")),
+        )
+    # Only srun sets the STEP variables: a plain `python train.py` in a batch script of many tasks is one process.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        return Launch(
+            rank=int(environment["SLURM_PROCID"]),
+            world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(environment["SLURM_LOCALID"]),
+            address=environment.get("MASTER_ADDR") or first_node(nodes),
+            port=int(environment.get("MASTER_PORT") or 20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+        )
+    return None
+
+
+def first_node(nodes: str) -> str:
+    """First host of SLURM's compressed list: `gpu[007-009,12],login` → `gpu007`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: no host name in it; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def export(launch: Launch) -> tuple[str, ...]:
+    """Set the variables that DeepSpeed insists on and that aren't set; return their names."""
+    values = {
+        "RANK": launch.rank,
+        "WORLD_SIZE": launch.world_size,
+        "LOCAL_RANK": launch.local_rank,
+        "MASTER_ADDR": launch.address,
+        "MASTER_PORT": launch.port,
+    }
+    added = tuple(name for name in values if name not in os.environ)
+    os.environ.update({name: str(values[name]) for name in added})
+    return added
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

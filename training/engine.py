@@ -1,0 +1,242 @@
+"""One optimizer step over a global batch, in every ZeRO stage and precision alike.
+
+DeepSpeed runs the backward pass's communication, shards the optimizer and updates the weights. What decides the
+result is done here, once for all its wrappers: the loss is the mean over the counted tokens of the global batch, the
+gradient's norm is measured, a step with a non-finite loss or gradient is dropped on all ranks before any weight moves,
+and clipping, the learning rate and the fp16 loss scale are ours.
+
+Micro-batch m on rank r contributes the sum L(m, r) over its tokens. DeepSpeed averages gradients over the R ranks and
+adds them over micro-batches, so each backward gets L(m, r) · R / T with T the counted tokens of all ranks and
+micro-batches, and the result is the gradient of sum(L) / T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from configs.schema import OptimConfig, Precision, Recompute, RunConfig
+from training.backend import (
+    DTYPES,
+    check_engine,
+    deepspeed_config,
+    import_deepspeed,
+    quiet,
+    resolve_precision,
+    should_compile,
+)
+from training.batch import BatchPlan
+from training.distributed import Processes
+from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, clip_factor, fp16_scale
+from training.zero import Partition, partition_of
+
+if TYPE_CHECKING:
+    from data import GlobalBatch, MicroBatch
+    from model import GPT
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured; the same on all ranks."""
+
+    loss: float
+    """Mean cross-entropy over the counted tokens of the global batch, nats per token."""
+    z_loss: float
+    """Mean of the weighted z-loss over the same tokens."""
+    grad_norm: float
+    """2-norm of the gradient of loss + z_loss before clipping."""
+    finite: bool
+    """False: the loss or a gradient is NaN or infinite on some rank, and the weights are what they were. An fp16
+    overflow that a smaller loss scale cures isn't counted as such."""
+    updated: bool
+    """Whether the weights were updated."""
+
+
+class Engine:
+    """A model, its optimizer shards and the step that trains them. Made by `build_engine`."""
+
+    def __init__(
+        self, deepspeed: Any, partition: Partition, config: RunConfig, precision: Precision, processes: Processes
+    ) -> None:
+        self.deepspeed = deepspeed
+        self.partition = partition
+        self.config = config
+        self.precision = precision
+        self.processes = processes
+        self.device = processes.device
+        self.loss_scale = fp16_scale(config.engine.loss_scale) if precision is Precision.fp16 else LossScale()
+        self.skipped = 0
+        """Steps dropped for a non-finite loss or gradient."""
+        partition.scale(1.0)
+
+    @property
+    def module(self) -> GPT:
+        """The model."""
+        model: GPT = self.deepspeed.module
+        return model
+
+    def train_step(self, batch: GlobalBatch, lr: float) -> StepResult:
+        """One update from this rank's micro-batches of the global batch, at learning rate `lr`.
+
+        Waits for the device once, at the end of the backward pass: to know whether to step.
+        """
+        self.module.train()
+        totals = self.accumulate(batch)
+        squares = gradient_squares(self.partition.gradients(), self.device)
+        report = torch.cat([totals, squares])  # (3,)
+        if self.processes.world_size > 1:
+            dist.all_reduce(report)
+        loss_sum, z_sum, squared_norm = report.tolist()
+        tokens = max(batch.valid_tokens, 1)
+        loss, z_loss, norm = loss_sum / tokens, z_sum / tokens, math.sqrt(squared_norm) / self.loss_scale.scale
+        if not all(math.isfinite(value) for value in (loss, z_loss, norm)):
+            return self.drop(loss, z_loss, norm)
+        self.update(lr, clip_factor(norm, self.config.optim.grad_clip))
+        return StepResult(loss, z_loss, norm, finite=True, updated=True)
+
+    def accumulate(self, batch: GlobalBatch) -> Tensor:
+        """Forward and backward of this rank's micro-batches; their summed loss and z-loss, fp64, (2,)."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        factor = self.processes.world_size / max(batch.valid_tokens, 1) * self.loss_scale.scale
+        last = len(batch.micro_batches) - 1
+        for index, micro in enumerate(batch.micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == last)
+            sums = self.forward(micro)
+            totals += sums.detach()
+            self.deepspeed.backward(sums.sum() * factor, scale_wrt_gas=False)
+        return totals
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """Summed loss and z-loss of a micro-batch, fp32, (2,)."""
+        sums: Tensor = self.deepspeed(micro.tokens, micro.targets, micro.cu_seqlens, micro.max_seqlen)
+        return sums
+
+    def update(self, lr: float, clip: float) -> None:
+        """Step the optimizer with gradients multiplied by `clip` and freed of the loss scale."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.partition.scale(clip / self.loss_scale.scale)
+        self.deepspeed.step()
+        self.partition.scale(1.0)
+        self.loss_scale.succeeded()
+
+    def drop(self, loss: float, z_loss: float, norm: float) -> StepResult:
+        """Forget this step's gradients."""
+        self.partition.drop()
+        loss_is_good = math.isfinite(loss) and math.isfinite(z_loss)
+        cured = loss_is_good and self.loss_scale.overflowed()
+        if not cured:
+            self.skipped += 1
+        return StepResult(loss, z_loss, norm, finite=cured, updated=False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        """Summed cross-entropy in nats, without z-loss, and counted tokens, over all ranks' batches."""
+        self.module.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for micro, counts in self.in_step(batches):
+            sums = self.forward(micro)
+            if counts:
+                totals[0] += sums[0]
+                totals[1] += (micro.targets >= 0).sum()
+        if self.processes.world_size > 1:
+            dist.all_reduce(totals)
+        self.module.train()
+        loss, tokens = totals.tolist()
+        return loss, int(tokens)
+
+    def in_step(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+        """The batches, and whether they count.
+
+        ZeRO-3 gathers parameters in the forward pass, so a rank whose batches are finished goes on with its last one,
+        uncounted, until all are.
+        """
+        if self.config.engine.zero_stage < 3 or self.processes.world_size == 1:
+            yield from ((micro, True) for micro in batches)
+            return
+        last: MicroBatch | None = None
+        source = iter(batches)
+        while True:
+            micro = next(source, None)
+            if not self.processes.any(micro is not None):
+                return
+            last = micro or last
+            if last is None:
+                raise ValueError("evaluation: this rank has no batch at all, which ZeRO-3 can't evaluate")
+            yield last, micro is not None
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks from the model."""
+        self.deepspeed.destroy()
+
+
+def gradient_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares of this rank's gradients, fp64, (1,) on `device`; NaN or infinite if one of them is."""
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else []
+    total = sum((norm.double().square() for norm in norms), start=torch.zeros((), dtype=torch.float64))
+    return total.to(device).view(1)
+
+
+def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Processes) -> Engine:
+    """Wrap the model for training; its weights move to the device, in the run's precision.
+
+    Raises `UserError` for a combination of `engine.*` keys that the device or DeepSpeed can't do.
+    """
+    device = processes.device
+    precision = resolve_precision(config.engine.precision, device)
+    check_engine(config.engine, precision, device)
+    model.set_recompute(config.engine.recompute is Recompute.block)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if config.engine.zero_stage == 0:
+        for parameter in names:
+            parameter.data = parameter.data.to(DTYPES[precision])
+    settings = deepspeed_config(
+        config.engine,
+        plan,
+        precision,
+        num_parameters=sum(parameter.numel() for parameter in names),
+        device=device,
+        world_size=processes.world_size,
+    )
+    deepspeed = import_deepspeed(device)
+    with quiet():
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, config.optim),
+            optimizer=lambda groups: build_adamw(groups, config, precision),
+            config=settings,
+        )
+    partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
+    if should_compile(config.engine, device):
+        model.compile_blocks()
+    return Engine(wrapped, partition, config, precision, processes)
+
+
+def parameter_groups(model: GPT, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices and embeddings decay, norms and biases don't."""
+    return [
+        {"params": list(parameters), "weight_decay": optim.weight_decay if name == "decay" else 0.0, "name": name}
+        for name, parameters in model.decay_groups()
+        if parameters
+    ]
+
+
+def build_adamw(groups: list[dict[str, Any]], config: RunConfig, precision: Precision) -> AdamW:
+    """The optimizer that DeepSpeed shards, or at stage 0 uses as it is."""
+    arguments = adamw_arguments(config.optim)
+    if config.engine.zero_stage > 0:
+        return AdamW(groups, **arguments)
+    accumulation = torch.float32 if config.engine.fp32_accumulation else DTYPES[precision]
+    return ReplicatedAdamW(groups, accumulation, **arguments)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Weights of the module, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,149 @@
+"""AdamW as the engine uses it, and the loss scale of fp16.
+
+`ReplicatedAdamW` serves ZeRO stage 0. DeepSpeed's own wrapper there (`FP16_UnfusedOptimizer`) warms its state up with a
+real AdamW step on zero gradients, which decays the weights and shifts the bias correction, and doesn't scale the fp16
+loss. Ours keeps the layout of stage 1 with a single partition: per parameter group one flat tensor of fp32 masters and
+one flat buffer in which the micro-batches' gradients are summed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from configs.schema import OptimConfig
+
+
+def adamw_arguments(optim: OptimConfig) -> dict[str, Any]:
+    """Keyword arguments of `torch.optim.AdamW`, decay aside: that differs between the groups.
+
+    `fused` is one kernel a group on CUDA and one vectorised loop on a CPU, so offloaded states need no compiler.
+    """
+    return {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps, "fused": True}
+
+
+def adam_state(optimizer: AdamW, flat: Tensor) -> dict[str, Tensor]:
+    """Moments and step count of the flat master tensor; zeros, as AdamW itself starts them, if it has none yet."""
+    state = optimizer.state[flat]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["exp_avg"] = torch.zeros_like(flat)
+        state["exp_avg_sq"] = torch.zeros_like(flat)
+    return state
+
+
+class ReplicatedAdamW(AdamW):
+    """AdamW on flat fp32 masters of parameters in any dtype; every rank holds and updates all of them."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], accumulation: torch.dtype, **arguments: Any) -> None:
+        """`groups`: AdamW parameter groups of the model's parameters. `accumulation`: dtype gradients are summed in."""
+        self.members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        self.masters = [flatten(members) for members in self.members]
+        self.gradients = [torch.zeros_like(master, dtype=accumulation) for master in self.masters]
+        self.factor = 1.0
+        """The next `step` multiplies gradients by this: clipping and the inverse loss scale."""
+        flat = [{**g, "params": [master]} for g, master in zip(groups, self.masters, strict=True)]
+        super().__init__(flat, **arguments)
+        self.hooks = [
+            parameter.register_post_accumulate_grad_hook(self.accumulate(buffer))
+            for members, gradient in zip(self.members, self.gradients, strict=True)
+            for parameter, buffer in zip(members, split(gradient, members), strict=True)
+        ]
+
+    @staticmethod
+    def accumulate(buffer: Tensor) -> Any:
+        """Hook that adds a parameter's gradient to its part of the flat buffer and frees it at once."""
+
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            buffer.add_(parameter.grad)
+            parameter.grad = None
+
+        return add
+
+    def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """The tensors DeepSpeed averages over ranks after the last micro-batch (dense, and none of experts)."""
+        return self.gradients, {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update masters from the summed gradients, then the parameters from the masters."""
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            master.grad = gradient.to(master.dtype)  # itself when summed in fp32
+            if self.factor != 1.0:
+                master.grad.mul_(self.factor)
+        super().step()
+        self.refresh()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters into the parameters."""
+        for master, members in zip(self.masters, self.members, strict=True):
+            torch._foreach_copy_(members, split(master, members))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Empty the gradient buffers."""
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            gradient.zero_()
+            master.grad = None
+
+
+def flatten(parameters: Sequence[Tensor]) -> Tensor:
+    """One fp32 leaf with the parameters' values one after the other, shape (sum of sizes,)."""
+    return torch.cat([p.detach().float().flatten() for p in parameters]).requires_grad_()
+
+
+def split(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Views of `flat` in the parameters' shapes."""
+    parts = flat.detach().split([p.numel() for p in parameters])
+    return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+
+
+@dataclass
+class LossScale:
+    """Loss scale of fp16 (Micikevicius et al. 2018, section 3.2): fixed, or halved at overflow, doubled when calm."""
+
+    scale: float = 1.0
+    dynamic: bool = False
+    calm_steps: int = 0
+    """Steps without overflow since the scale last changed."""
+
+    window: int = 1000
+    """Calm steps before the scale doubles."""
+
+    def overflowed(self) -> bool:
+        """Note a non-finite gradient. True if a smaller scale may cure it, so that it is no failure of the run."""
+        curable = self.dynamic and self.scale > 1.0
+        if curable:
+            self.scale, self.calm_steps = max(self.scale / 2.0, 1.0), 0
+        return curable
+
+    def succeeded(self) -> None:
+        """Note a finite step."""
+        if self.dynamic:
+            self.calm_steps += 1
+            if self.calm_steps == self.window and self.scale < 2.0**24:
+                self.scale, self.calm_steps = self.scale * 2.0, 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+
+def fp16_scale(loss_scale: float) -> LossScale:
+    """`engine.loss_scale` as a scale: 0 is dynamic from 2^16, else fixed."""
+    return LossScale(2.0**16, dynamic=True) if loss_scale == 0 else LossScale(loss_scale)
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What to multiply gradients of this norm by so that it is at most `limit`; 1 if it is or if `limit` is 0."""
+    if limit <= 0 or not math.isfinite(norm):
+        return 1.0
+    return min(1.0, limit / (norm + 1e-6))

@@ -1,0 +1,267 @@
+"""DeepSpeed's optimizer wrappers seen through one interface.
+
+Each ZeRO stage keeps fp32 masters, AdamW moments and reduced gradients in flat tensors of its own layout. A `Partition`
+names what this rank holds of them, so that the engine can measure, scale or drop gradients before a step, and a
+checkpoint can read and write masters and moments by parameter name in every stage. The attributes used here are those
+of DeepSpeed 0.19; `partition_of` is the only place that chooses between wrappers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from training.optimizer import ReplicatedAdamW, adam_state
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous part of one flattened parameter: elements `start` to `start + master.numel()`."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    start: int
+    master: Tensor
+    """fp32 view, (n,)."""
+    exp_avg: Tensor
+    """First moment, fp32 view, (n,)."""
+    exp_avg_sq: Tensor
+    """Second moment, fp32 view, (n,)."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Elements `start` to `start + length` of a parameter lie at `offset` in flat tensor number `group`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    group: int
+    offset: int
+
+
+class Partition(ABC):
+    """This rank's part of masters, moments and gradients."""
+
+    def __init__(self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str]) -> None:
+        self.wrapper = wrapper
+        self.adamw = adamw
+        self.names = names
+
+    @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """Flat fp32 masters that AdamW updates on this rank."""
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """Reduced gradients; over all ranks each element once, padding (zeros) aside. Only after the last backward."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget the gradients, as a step would, without an update."""
+
+    @abstractmethod
+    def scale(self, factor: float) -> None:
+        """Have the coming step multiply gradients by `factor`."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Round masters into the model's weights on all ranks, exactly as a step ends."""
+
+    @abstractmethod
+    def ranges(self, owned: bool) -> Iterator[Range]:
+        """What the flat masters hold; with `owned`, over all ranks each element once."""
+
+    def fragments(self, owned: bool = True) -> Iterator[Fragment]:
+        """Live views of masters and moments; with `owned`, over all ranks each element once."""
+        masters = self.masters()
+        for at in self.ranges(owned):
+            flat = masters[at.group]
+            state = adam_state(self.adamw, flat)
+            master, first, second = (
+                t.detach().narrow(0, at.offset, at.length) for t in (flat, state["exp_avg"], state["exp_avg_sq"])
+            )
+            yield Fragment(at.name, at.shape, at.start, master, first, second)
+
+    @property
+    def updates(self) -> int:
+        """Updates AdamW has made: its bias correction's exponent."""
+        return int(adam_state(self.adamw, self.masters()[0])["step"].item())
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for flat in self.masters():
+            adam_state(self.adamw, flat)["step"].fill_(count)
+
+
+class Replicated(Partition):
+    """Stage 0: `ReplicatedAdamW`. Each rank has everything and owns an even share of it."""
+
+    wrapper: ReplicatedAdamW
+
+    def __init__(self, adamw: ReplicatedAdamW, names: Mapping[nn.Parameter, str], rank: int, world_size: int) -> None:
+        super().__init__(adamw, adamw, names)
+        self.rank = rank
+        self.world_size = world_size
+
+    def masters(self) -> list[Tensor]:
+        return self.wrapper.masters
+
+    def share(self, size: int) -> tuple[int, int]:
+        """Begin and end of this rank's share of a flat tensor of `size`."""
+        return size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size
+
+    def gradients(self) -> list[Tensor]:
+        return [g[slice(*self.share(g.numel()))] for g in self.wrapper.gradients]
+
+    def drop(self) -> None:
+        self.wrapper.zero_grad()
+
+    def scale(self, factor: float) -> None:
+        self.wrapper.factor = factor
+
+    def refresh(self) -> None:
+        self.wrapper.refresh()
+
+    def ranges(self, owned: bool) -> Iterator[Range]:
+        for group, (members, master) in enumerate(zip(self.wrapper.members, self.wrapper.masters, strict=True)):
+            low, high = self.share(master.numel()) if owned else (0, master.numel())
+            offset = 0
+            for parameter in members:
+                begin, end = max(offset, low), min(offset + parameter.numel(), high)
+                if begin < end:
+                    shape = tuple(parameter.shape)
+                    yield Range(self.names[parameter], shape, begin - offset, end - begin, group, begin)
+                offset += parameter.numel()
+
+
+class Linked(Partition):
+    """Stages 1 and 2, whose parameters link to their part of the flat masters (`param._hp_mapping`)."""
+
+    def ranges(self, owned: bool) -> Iterator[Range]:
+        for parameter, name in self.names.items():
+            link = parameter._hp_mapping  # type: ignore[attr-defined]
+            if link is not None:  # this rank holds a part of it
+                part, at = link.lp_fragment_address, link.hp_fragment_address
+                shape = tuple(parameter.shape)
+                yield Range(name, shape, part.start, part.numel, link.param_group_index, at.start)
+
+    def refresh(self) -> None:
+        self.wrapper.update_lp_params()
+
+
+class Bf16Stage1(Linked):
+    """Stage 1, bf16 summed in fp32: `BF16_Optimizer`, which has all reduced gradients on every rank."""
+
+    def masters(self) -> list[Tensor]:
+        flats: list[Tensor] = self.wrapper.fp32_groups_flat_partition
+        return flats
+
+    def gradients(self) -> list[Tensor]:
+        flats: list[Tensor] = self.wrapper.fp32_groups_gradient_flat_partition
+        return flats
+
+    def drop(self) -> None:
+        self.wrapper.zero_grad()
+
+    def scale(self, factor: float) -> None:
+        if factor != 1.0:
+            torch._foreach_mul_(self.gradients(), factor)
+
+
+class Stage12(Linked):
+    """Stages 1 and 2 otherwise: `DeepSpeedZeroOptimizer`."""
+
+    def masters(self) -> list[Tensor]:
+        flats: list[Tensor] = self.wrapper.single_partition_of_fp32_groups
+        return flats
+
+    def gradients(self) -> list[Tensor]:
+        if self.wrapper.cpu_offload:
+            return [gradient_of(flat) for flat in self.masters()]
+        return [gradient for group in self.wrapper.averaged_gradients.values() for gradient in group]
+
+    def drop(self) -> None:
+        self.wrapper.micro_step_id = -1  # as its own step() resets it, so that the next backward doesn't accumulate
+        self.wrapper.zero_grad(set_to_none=True)
+        if self.wrapper.cpu_offload:
+            self.wrapper._offload_accumulated_param_ids = set()
+            self.wrapper.reset_cpu_buffers()
+        for group in self.wrapper.averaged_gradients:
+            self.wrapper.averaged_gradients[group] = None
+            self.wrapper.all_grad_tensors[group] = None
+
+    def scale(self, factor: float) -> None:
+        divide_in_step(self.wrapper, factor)
+
+
+class Stage3(Partition):
+    """Stage 3: every parameter is cut into equal parts, one a rank."""
+
+    def masters(self) -> list[Tensor]:
+        flats: list[Tensor] = self.wrapper.fp32_partitioned_groups_flat
+        return flats
+
+    def gradients(self) -> list[Tensor]:
+        if self.wrapper.offload_optimizer:
+            return [gradient_of(flat) for flat in self.masters()]
+        return [gradient for group in self.wrapper.averaged_gradients.values() for gradient in group]
+
+    def drop(self) -> None:
+        self.wrapper._pre_step()
+        self.wrapper._partition_all_parameters()
+        self.wrapper._overflow_clean_up(1.0)
+
+    def scale(self, factor: float) -> None:
+        divide_in_step(self.wrapper, factor)
+
+    def refresh(self) -> None:
+        self.wrapper._partition_all_parameters()
+        for group in range(len(self.wrapper.fp16_groups)):
+            self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
+        resident = self.wrapper.persistent_parameters  # small ones that every rank keeps whole
+        if resident:
+            resident[0].all_gather(resident)
+
+    def ranges(self, owned: bool) -> Iterator[Range]:
+        for parameter, name in self.names.items():
+            group, offset, size = self.wrapper.grad_position[self.wrapper.get_param_id(parameter)]
+            total: int = parameter.ds_numel  # type: ignore[attr-defined]
+            start = self.wrapper._get_param_partition_rank(parameter) * size
+            length = min(size, total - start)  # the last parts are padded
+            if length > 0:
+                yield Range(name, tuple(parameter.ds_shape), start, length, group, offset)  # type: ignore[attr-defined]
+
+
+def gradient_of(flat: Tensor) -> Tensor:
+    """The gradient that an offloading wrapper has put beside its masters."""
+    assert flat.grad is not None
+    return flat.grad
+
+
+def divide_in_step(wrapper: Any, factor: float) -> None:
+    """Let the wrapper's unscaling, which divides by the loss scale in its step, also clip.
+
+    The loss scale itself is ours (`training.optimizer.LossScale`): the wrapper's backward must find 1 here.
+    """
+    wrapper.custom_loss_scaler = True
+    wrapper.external_loss_scale = 1.0 / factor
+
+
+def partition_of(wrapper: Any, names: Mapping[nn.Parameter, str], rank: int, world_size: int) -> Partition:
+    """The interface to DeepSpeed's optimizer `wrapper`. Raises `TypeError` for one that we don't know."""
+    if isinstance(wrapper, ReplicatedAdamW):
+        return Replicated(wrapper, names, rank, world_size)
+    kinds = {"BF16_Optimizer": Bf16Stage1, "DeepSpeedZeroOptimizer": Stage12, "DeepSpeedZeroOptimizer_Stage3": Stage3}
+    kind = kinds.get(type(wrapper).__name__)
+    if kind is None:
+        raise TypeError(f"DeepSpeed chose {type(wrapper).__name__}; known: {', '.join(kinds)}")
+    return kind(wrapper, wrapper.optimizer, names)  # type: ignore[abstract]
