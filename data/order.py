@@ -1,0 +1,98 @@
+"""The order of samples: pure arithmetic, the same on every rank, nothing stored.
+
+Legend: N tokens of the dataset, S tokens a sample, n = (N - 1) // S samples an epoch, p position (samples consumed).
+
+Sample i of an epoch takes the tokens [o + iS, o + iS + S] (S inputs and, one further, S targets), so that neighbours
+share one token as input and target and every token is a target exactly once an epoch. N - 1 - nS < S tokens, the tail,
+do not fill a sample. With shuffling each epoch has its own offset o, drawn from [0, tail], so that it isn't always the
+same tokens that are left out; in corpus order o is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_ROUNDS = 8
+_MASK = (1 << 64) - 1
+
+
+def mix(value: int) -> int:
+    """64 bits that look random (SplitMix64's finaliser, Steele et al. 2014) from 64 bits."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _mix_array(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # wraps modulo 2^64
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(indices: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[np.int64]:
+    """Images of `indices` under the permutation of [0, size) that `key` chooses; O(len(indices)) time and memory.
+
+    A Feistel network over the smallest power of two that holds `size`: it splits the bits of an index in two halves and
+    xors each in turn with a hash of the other, which can be undone, so that it is a bijection for any hash. Images
+    outside [0, size) are permuted again until they fall inside (cycle walking, Black & Rogaway 2002), less than once on
+    average, which keeps it a bijection.
+
+    Args:
+        indices: (n,) in [0, size).
+        size: at least 1.
+        key: 64 bits.
+    """
+    bits = max((size - 1).bit_length(), 2)
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
+    keys = [np.uint64(mix(key ^ (round_ + 1))) for round_ in range(_ROUNDS)]
+
+    def network(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        high, low = values >> low_bits, values & low_mask
+        for first, second in zip(keys[::2], keys[1::2], strict=True):
+            high ^= _mix_array(low + first) & high_mask
+            low ^= _mix_array(high + second) & low_mask
+        return (high << low_bits) | low
+
+    images = network(indices.astype(np.uint64))
+    while (outside := images >= size).any():
+        images[outside] = network(images[outside])
+    return images.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """Which tokens the sample at a position takes: a function of position, seed and sizes alone."""
+
+    num_tokens: int
+    sequence_length: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples an epoch, n."""
+        return max(self.num_tokens - 1, 0) // self.sequence_length
+
+    def starts(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        """(count,) first tokens of the samples at `position`, `position` + 1, ...; epochs follow each other."""
+        found = []
+        while count:
+            epoch, first = divmod(position, self.samples_per_epoch)
+            here = min(count, self.samples_per_epoch - first)
+            found.append(self._epoch_starts(epoch, first, here))
+            position, count = position + here, count - here
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _epoch_starts(self, epoch: int, first: int, count: int) -> npt.NDArray[np.int64]:
+        indices = np.arange(first, first + count)
+        if not self.shuffle:
+            return indices * self.sequence_length
+        key = mix(mix(self.seed & _MASK) ^ epoch)
+        tail = self.num_tokens - 1 - self.samples_per_epoch * self.sequence_length
+        offset = mix(key) % (tail + 1)
+        return permute(indices, self.samples_per_epoch, key) * self.sequence_length + offset
