@@ -271,15 +271,16 @@ def _sample(plan: _Plan, threshold: int, report: ProgressCallback) -> Iterator[s
     """Documents of the training split to train a tokenizer on, spread over the source."""
     meter = _Meter("tokenizer", report)
     limit = plan.config.max_documents
-    parts = plan.source.parts() if limit is None else [plan.source.read()]
+    num_parts = plan.source.num_parts() if limit is None else 1
     budget = TOKENIZER_SAMPLE_CHARS
-    for index, reader in enumerate(parts):
-        share = budget // (len(parts) - index)
+    for index in range(num_parts):
+        share = budget // (num_parts - index)  # what a short part leaves, the later ones may use
+        reader = plan.source.read() if num_parts == 1 else plan.source.read_part(index)
         for batch in batches(reader, limit):
             for text in batch.texts:
                 data = text.encode()
                 if data and text_hash(data) >= threshold:
-                    meter.add(1, len(data), 0, (index + (batch.fraction or 0.0)) / len(parts))
+                    meter.add(1, len(data), 0, batch.fraction)
                     yield text
             num_chars = sum(map(len, batch.texts))
             share -= num_chars

@@ -49,9 +49,14 @@ class Source(ABC):
     def read(self, cursor: Cursor | None = None) -> Reader:
         """A reader that begins at `cursor`, or at the beginning."""
 
-    def parts(self) -> Sequence[Reader]:
-        """Readers of parts that a sample should be spread over; together they read everything."""
-        return [self.read()]
+    def num_parts(self) -> int:
+        """Parts that a sample should be spread over; together they are the whole source."""
+        return 1
+
+    def read_part(self, index: int) -> Reader:
+        """A reader of one of them."""
+        assert index == 0, f"part {index} of 1"
+        return self.read()
 
 
 def text_of(record: Mapping[str, Any], text_key: str, where: str) -> str:

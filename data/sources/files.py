@@ -77,8 +77,11 @@ class FileSource(Source):
     def read(self, cursor: Cursor | None = None) -> FileReader:
         return FileReader(self, cursor or {})
 
-    def parts(self) -> list[FileReader]:
-        return [FileReader(self, {"file": index}, index + 1) for index in range(len(self.files))]
+    def num_parts(self) -> int:
+        return len(self.files)
+
+    def read_part(self, index: int) -> FileReader:
+        return FileReader(self, {"file": index}, index + 1)
 
     @abstractmethod
     def read_file(self, path: Path, skip: int) -> Iterator[Piece]:

@@ -1,0 +1,60 @@
+"""Prepare a corpus for training: tokenizer, token shards, validation split.
+
+    python scripts/prepare_data.py experiment=quickstart
+    python scripts/prepare_data.py data=jsonl data.path='corpus/*.jsonl.zst' data.tokenizer=gpt2 data.num_workers=16
+
+Takes the keys of `train.py`, and finds what `train.py` with the same `data` keys will find. What is prepared already is
+used as it is; what was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from configs import launch
+from configs.schema import RunConfig
+from data.prepare import PreparedData, prepare
+from data.progress import show_progress
+from data.shards import SPLITS
+
+
+def main(config: RunConfig) -> int:
+    """Prepares and says what there is."""
+    console = Console()
+    with show_progress() as progress:
+        prepared = prepare(config.data, progress)
+    console.print(summary(prepared))
+    console.print(f"Corpus     {prepared.folder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Tokenizer  {prepared.tokenizer_path} ({prepared.vocab_size:,} tokens)", highlight=False, soft_wrap=True
+    )
+    console.print("Next       python train.py with the same data keys; scripts/inspect_data.py shows what is in it.")
+    return 0
+
+
+def summary(prepared: PreparedData) -> Table:
+    """Counts of both splits."""
+    table = Table("split")
+    for name in ("documents", "tokens", "MB of text", "bytes per token", "shards"):
+        table.add_column(name, justify="right")
+    for name in SPLITS:
+        dataset = prepared.train if name == "train" else prepared.validation
+        table.add_row(
+            name,
+            f"{dataset.num_documents:,}",
+            f"{dataset.num_tokens:,}",
+            f"{dataset.num_bytes / 1e6:,.2f}",
+            f"{dataset.bytes_per_token:.3f}",
+            str(len(dataset.info.shards)),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    launch(main)
