@@ -15,11 +15,11 @@ MOST_DOCUMENTS = 5_000_000
 
 
 def duplicates(dataset: TokenDataset) -> tuple[int, int]:
-    """Documents that repeat an earlier one exactly, and documents looked at (the first five million: 40 MB of hashes)."""
+    """Documents that repeat an earlier one exactly, and documents looked at: at most five million."""
     looked_at = min(dataset.num_documents, MOST_DOCUMENTS)
     hashes = np.empty(looked_at, np.uint64)
     for index, tokens in enumerate(dataset.documents(0, looked_at)):
-        hashes[index] = int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
+        hashes[index] = int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
     return looked_at - len(np.unique(hashes)), looked_at
 
 
@@ -29,7 +29,7 @@ def plot_lengths(lengths: Mapping[str, npt.NDArray[np.int64]], path: Path) -> No
     from matplotlib.figure import Figure
 
     longest = max((int(values.max()) for values in lengths.values() if len(values)), default=1)
-    bins = np.geomspace(1, longest + 1, 60)
+    bins = np.geomspace(1, longest + 1, 60).tolist()
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -3,8 +3,9 @@
     python scripts/inspect_data.py experiment=quickstart
     python scripts/inspect_data.py data=jsonl data.path=corpus.jsonl seed=7
 
-Takes the keys of `train.py`; prepares the corpus if it isn't yet. Checks the checksums of all shards, decodes two samples
-as training sees them (`model.sequence_length`, `seed`), and writes a histogram of document lengths beside the shards.
+Takes the keys of `train.py`; prepares the corpus if it isn't yet. Checks the checksums of all shards, decodes two
+samples as training sees them (`model.sequence_length`, `seed`), and writes a histogram of document lengths beside the
+shards.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(config: RunConfig) -> int:
         prepared = prepare(config.data, progress)
     prepared.train.verify()
     prepared.validation.verify()
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(summary(prepared))
     lengths = prepared.train.document_lengths()
     quantiles = np.quantile(lengths, [0.05, 0.5, 0.95]).astype(int).tolist()
@@ -49,7 +50,7 @@ def main(config: RunConfig) -> int:
     show_samples(prepared, config, console)
     picture = prepared.folder / "document_lengths.png"
     plot_lengths({"train": lengths, "validation": prepared.validation.document_lengths()}, picture)
-    console.print(f"\nChecksums agree. Histogram of document lengths: {picture}", soft_wrap=True)
+    console.print(f"\nChecksums agree. Histogram of document lengths: {picture}")
     return 0
 
 

@@ -26,14 +26,12 @@ from data.shards import SPLITS
 
 def main(config: RunConfig) -> int:
     """Prepares and says what there is."""
-    console = Console()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with show_progress() as progress:
         prepared = prepare(config.data, progress)
     console.print(summary(prepared))
-    console.print(f"Corpus     {prepared.folder}", highlight=False, soft_wrap=True)
-    console.print(
-        f"Tokenizer  {prepared.tokenizer_path} ({prepared.vocab_size:,} tokens)", highlight=False, soft_wrap=True
-    )
+    console.print(f"Corpus     {prepared.folder}")
+    console.print(f"Tokenizer  {prepared.tokenizer_path} ({prepared.vocab_size:,} tokens)")
     console.print("Next       python train.py with the same data keys; scripts/inspect_data.py shows what is in it.")
     return 0
 

@@ -2,8 +2,8 @@
 
     python scripts/train_tokenizer.py data=text data.path=books/ data.tokenizer_vocab_size=32768
 
-Takes the keys of `train.py`. The tokenizer stays in `data.cache_dir`, where `train.py` and `scripts/prepare_data.py` with
-the same keys find it; `data.tokenizer=FILE` uses it for another corpus.
+Takes the keys of `train.py`. The tokenizer stays in `data.cache_dir`, where `train.py` and `scripts/prepare_data.py`
+with the same keys find it; `data.tokenizer=FILE` uses it for another corpus.
 """
 
 from __future__ import annotations
@@ -35,13 +35,11 @@ def main(config: RunConfig) -> int:
     tokenizer = Tokenizer.from_file(str(path))
     info = inspect_tokenizer(tokenizer)
     pieces = [tokenizer.decode([token]) for token in tokenizer.encode(EXAMPLE).ids]
-    console = Console(highlight=False, markup=False)
-    console.print(f"Tokenizer  {path}", soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Tokenizer  {path}")
     console.print(f"Vocabulary {info.vocab_size:,} tokens; {info.eos_token} is {info.eos_id}")
-    console.print(f"Example    {'|'.join(pieces)!r}", soft_wrap=True)
-    console.print(
-        f"Next       python scripts/prepare_data.py with the same keys, or data.tokenizer={path}", soft_wrap=True
-    )
+    console.print(f"Example    {'|'.join(pieces)!r}")
+    console.print(f"Next       python scripts/prepare_data.py with the same keys, or data.tokenizer={path}")
     return 0
 
 
