@@ -13,6 +13,7 @@ from kernels.attention.api import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from kernels.attention.standard import standard_attention
 
 __all__ = [
     "flash_attn_func",
@@ -21,4 +22,5 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "standard_attention",
 ]

@@ -133,8 +133,9 @@ def _run(
     out, lse = getattr(_ops, name)(*packed, *options)
     if not return_attn_probs:
         return out
-    probs = _ops.attention_probs(q, k, lse, *options) if dropout_p > 0.0 else q.new_empty(0)
-    return out, lse, probs
+    if dropout_p == 0.0:
+        return out, lse, q.new_empty(0)
+    return out, lse, _ops.attention_probs(q.detach().to(out.dtype), k.detach().to(out.dtype), lse.detach(), *options)
 
 
 def flash_attn_func(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.attention import portable
 from kernels.attention.dispatch import AttnExtras, AttnParams, choose_path, describe, get_path
 
 NAMESPACE = "flashtrain"
@@ -207,5 +208,25 @@ def _define(name: str, inputs: tuple[str, ...]) -> None:
     _register_autocast(name, num)
 
 
+def _probs(q: Tensor, k: Tensor, lse: Tensor, *options: Any) -> Tensor:
+    params, extras = _parse_options(options)
+    return portable.probabilities(_kernel_ready(q), _kernel_ready(k), lse, params, extras)
+
+
+def _probs_fake(q: Tensor, k: Tensor, lse: Tensor, *options: Any) -> Tensor:
+    cu_seqlens_q, max_q, max_k = options[0], options[_NUM_EXTRAS], options[_NUM_EXTRAS + 1]
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    return q.new_empty((batch, q.shape[-2], max_q, max_k))
+
+
+def _define_probs() -> None:
+    """(B, H, Sq, Sk) probabilities from a finished forward: for tests of dropout, not differentiable."""
+    _library.define(f"attention_probs(Tensor q, Tensor k, Tensor lse, {_OPTIONS}) -> Tensor")
+    for key in ("CUDA", "CPU"):
+        _library.impl("attention_probs", _probs, key)
+    torch.library.register_fake(f"{NAMESPACE}::attention_probs", _probs_fake, lib=_library)
+
+
+_define_probs()
 for _name, _inputs in _PACKINGS.items():
     _define(_name, _inputs)

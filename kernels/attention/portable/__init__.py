@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.dispatch import AttnExtras, AttnParams, Problem
-from kernels.attention.portable.launch import Call, launch_delta, launch_dkdv, launch_dq, launch_forward
+from kernels.attention.portable.launch import Call, launch_delta, launch_dkdv, launch_dq, launch_forward, launch_probs
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,4 +59,13 @@ def backward(
         launch_dkdv(call, v, dout, lse, delta, dk, dv)
 
 
-__all__ = ["backward", "forward", "supports"]
+def probabilities(q: Tensor, k: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras) -> Tensor:
+    """(B, H, max_seqlen_q, max_seqlen_k) softmax probabilities in the dtype of q, negative where dropped."""
+    call = Call(q, k, params, extras)
+    shape = (call.batch, call.num_heads, params.max_seqlen_q, params.max_seqlen_k)
+    probs = torch.zeros(shape, dtype=q.dtype, device=q.device)
+    launch_probs(call, lse, probs)
+    return probs
+
+
+__all__ = ["backward", "forward", "probabilities", "supports"]

@@ -268,7 +268,8 @@ def attention_forward(
         )
 
     empty = row_sum == 0.0  # the row saw no key: out 0, lse -inf
-    acc = acc * (keep_scale / tl.where(empty, 1.0, row_sum))[:, None]
+    row_sum = tl.where(empty, 1.0, row_sum)
+    acc = acc * (keep_scale / row_sum)[:, None]
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
     o_base = head_base(Out, batch, head, start_q, stride_ob, stride_os, stride_oh)
     store_tile(o_base, row, seqlen_q, stride_os, acc, BLOCK_M, HEAD_DIM, BLOCK_D)

@@ -13,6 +13,7 @@ from kernels.attention.dispatch import AttnExtras, AttnParams
 from kernels.attention.portable.backward import attention_delta, attention_dkdv, attention_dq
 from kernels.attention.portable.common import INTERPRET
 from kernels.attention.portable.forward import attention_forward
+from kernels.attention.portable.probs import attention_probs
 from kernels.attention.portable.tuning import Kernel, Tile, choose_tile, padded_head_dim, section_heads
 
 MAX_GRID = 2**31 - 1
@@ -252,5 +253,31 @@ def launch_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
             scale=scale * math.log2(math.e),
             softmax_scale=scale,
             **_strided(call, q=call.q, k=call.k, v=v, do=dout, dk=dk, dv=dv),
+            **_common(call, tile, lse),
+        )
+
+
+def launch_probs(call: Call, lse: Tensor, probs: Tensor) -> None:
+    """Fill ``probs`` (B, H, max_seqlen_q, max_seqlen_k), which must be zeroed, with signed probabilities."""
+    tile = call.tile("probs")
+    blocks_m = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
+    blocks_n = triton.cdiv(call.params.max_seqlen_k, tile.block_n)
+    total_heads = call.batch * call.num_heads
+    if blocks_m * blocks_n * total_heads == 0:
+        return
+    with _on_device(call.q):
+        attention_probs[_grid(blocks_m * blocks_n, total_heads)](
+            Q=call.q,
+            K=call.k,
+            Lse=lse,
+            Probs=probs,
+            num_heads=call.num_heads,
+            num_blocks_m=blocks_m,
+            num_blocks_n=blocks_n,
+            scale=call.params.softmax_scale * math.log2(math.e),
+            stride_pb=probs.stride(0),
+            stride_ph=probs.stride(1),
+            stride_ps=probs.stride(2),
+            **_strided(call, q=call.q, k=call.k),
             **_common(call, tile, lse),
         )

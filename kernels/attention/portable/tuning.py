@@ -8,7 +8,7 @@ wgmma).
 from dataclasses import dataclass
 from typing import Literal
 
-Kernel = Literal["forward", "dq", "dkdv", "delta"]
+Kernel = Literal["forward", "dq", "dkdv", "delta", "probs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ def choose_tile(
     width = padded_head_dim(head_dim)
     if kernel == "delta":
         return Tile(block_m=64 if width > 128 else 128, block_n=0, num_warps=4, num_stages=1)
+    if kernel == "probs":
+        return Tile(block_m=32, block_n=32, num_warps=4, num_stages=1)
     if capability is None:
         # Small and unequal, so that small tests meet many blocks and no two kernels share a tiling
         return {"forward": Tile(32, 16, 1, 1), "dq": Tile(16, 32, 1, 1), "dkdv": Tile(16, 32, 1, 1)}[kernel]
