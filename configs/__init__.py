@@ -111,18 +111,23 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             name_sweep_job(config, list(HydraConfig.get().overrides.task), HydraConfig.get().job.num)
         composed_well.append(True)
-        codes.append(task(config))
+        try:
+            codes.append(task(config))
+        except UserError as error:  # here, since Hydra would add lines of its own
+            if want_traceback:
+                raise
+            codes.append(say(error))
 
     try:
         entry()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if want_traceback or composed_well:
             raise
-        fail(config_error(error, CONFIG_FOLDER, SECTIONS[config_name]))
+        codes.append(say(config_error(error, CONFIG_FOLDER, SECTIONS[config_name])))
     except UserError as error:
         if want_traceback:
             raise
-        fail(error)
+        codes.append(say(error))
     sys.exit(max(codes, default=0))
 
 
@@ -133,8 +138,8 @@ def name_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: i
     config.run_dir = str(Path(config.run_dir or f"runs/{config.name}") / f"{number}_{label}")
 
 
-def fail(error: UserError) -> None:
-    """Print the message on the first rank only and exit with the code of the error."""
+def say(error: UserError) -> int:
+    """Print the message, on the first rank only; returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - before any logging exists
-    sys.exit(error.exit_code)
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - outside a run's terminal
+    return error.exit_code

@@ -20,7 +20,9 @@ class BatchPlan:
 def resolve_batch(train: TrainConfig, world_size: int) -> BatchPlan:
     """Find the batch key that isn't given from the two that are; check all three if they are.
 
-    Raises `UserError` that names the `train.*` keys: fewer than two given, one below 1, or sizes that don't divide.
+    Where only the global or only the micro-batch is given, there is no accumulation.
+
+    Raises `UserError` that names the `train.*` keys: too few given, one below 1, or sizes that don't divide.
     """
     given = {
         "global_batch_size": train.global_batch_size,
@@ -30,12 +32,14 @@ def resolve_batch(train: TrainConfig, world_size: int) -> BatchPlan:
     for key, value in given.items():
         if value is not None and value < 1:
             raise UserError(f"train.{key}={value}: must be at least 1")
-    if sum(value is not None for value in given.values()) < 2:
+    total, micro, accumulation = given.values()
+    if accumulation is None and (total is None) != (micro is None):
+        accumulation = 1  # one size alone: no accumulation
+    if sum(value is not None for value in (total, micro, accumulation)) < 2:
         raise UserError(
-            f"{describe(given)}: give two of train.global_batch_size, train.micro_batch_size and "
+            f"{describe(given)}: give train.global_batch_size or train.micro_batch_size, or two of these and "
             "train.accumulation_steps; they decide the third"
         )
-    total, micro, accumulation = given.values()
     if total is None:
         assert micro is not None
         assert accumulation is not None

@@ -1,7 +1,7 @@
 """Short runs of `train.py` in fresh processes, for tools that compare settings.
 
-A trial is the real thing: the same command line, data, engine and loop as a user's run, without evaluation, samples and
-checkpoints. What it measured is read from its metrics.jsonl, so that a comparison cannot differ from what training logs.
+A trial is the real thing: the same command line, data, engine and loop as a user's run, without evaluation, samples
+and checkpoints. What it measured is read from its metrics.jsonl: a comparison can't differ from what training logs.
 """
 
 from __future__ import annotations

@@ -10,8 +10,13 @@ from collections.abc import Iterator
 import torch
 
 from configs.errors import UserError
-from configs.schema import Attention, Device, Precision, RunConfig, Schedule, Source, Toggle
+from configs.schema import Attention, Device, Precision, RunConfig, Schedule, Source
+from model import resolve_attention
+from model.checks import check
+from training.backend import DTYPES, check_engine, resolve_precision
 from training.batch import resolve_batch
+from training.resume import resume_path
+from training.run import run_folder
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -24,14 +29,16 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def find_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     """Every problem as a sentence that names the dotted key, what was given, and the remedy."""
-    from model import check
-
     yield from _numbers(config)
-    yield from check(config.model)
+    yield from check(config.model, config.data.document_mask)
     yield from _data(config)
     yield from _optim(config)
     yield from _engine(config)
     yield from _device(config)
+    try:
+        resume_path(config, run_folder(config))
+    except UserError as error:
+        yield str(error)
     try:
         resolve_batch(config.train, world_size)
     except UserError as error:
@@ -99,46 +106,30 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _optim(config: RunConfig) -> Iterator[str]:
-    optim, steps = config.optim, config.train.steps
-    decay = optim.decay_steps or 0
-    if optim.warmup_steps >= steps > 0:
-        yield (
-            f"optim.warmup_steps is {optim.warmup_steps} but train.steps is {steps}: the warm-up must be shorter "
-            f"(optim.warmup_steps={steps // 10})."
-        )
-    elif optim.warmup_steps + decay > steps:
-        yield (
-            f"optim.warmup_steps ({optim.warmup_steps}) and optim.decay_steps ({decay}) are more than train.steps "
-            f"({steps}): shorten one of them."
-        )
-    if optim.decay_steps is not None and optim.schedule is Schedule.constant:
+    if config.optim.decay_steps is not None and config.optim.schedule is Schedule.constant:
         yield "optim.decay_steps has no meaning with optim.schedule=constant: remove one of them."
 
 
 def _engine(config: RunConfig) -> Iterator[str]:
     engine = config.engine
-    if engine.zero_stage not in (0, 1, 2, 3):
-        yield f"engine.zero_stage is {engine.zero_stage}: it must be 0, 1, 2 or 3 (engine=zero0|zero1|zero2|zero3)."
-    if engine.offload_params and engine.zero_stage != 3:
-        yield f"engine.offload_params needs engine.zero_stage=3, not {engine.zero_stage} (engine=zero3_offload)."
-    if engine.offload_optimizer and engine.zero_stage == 0:
-        yield "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3."
-    if engine.compile is Toggle.on and engine.zero_stage == 3:
-        yield (
-            "engine.compile=on does not work with engine.zero_stage=3: ZeRO-3's hooks on every module break the graph. "
-            "Use engine=zero2, or engine.compile=off."
-        )
     if engine.loss_scale and engine.precision not in (Precision.fp16, Precision.auto):
         yield f"engine.loss_scale is for engine.precision=fp16, not {engine.precision}: set it to 0."
 
 
 def _device(config: RunConfig) -> Iterator[str]:
-    has_gpu = torch.cuda.is_available()
-    device, attention = config.hardware.device, config.model.attention
-    if device is Device.cuda and not has_gpu:
+    if config.hardware.device is Device.cuda and not torch.cuda.is_available():
         yield "hardware.device is cuda, but PyTorch sees no GPU here: use hardware=auto or hardware=cpu."
-    on_cpu = device is Device.cpu or (device is Device.auto and not has_gpu)
-    if on_cpu and attention in (Attention.flash, Attention.flash1):
-        yield f"model.attention={attention} needs a GPU: use model.attention=auto, sdpa or standard on a CPU."
-    if on_cpu and config.engine.precision is Precision.fp16:
-        yield "engine.precision=fp16 needs a GPU: use fp32 or bf16 on a CPU."
+        return
+    on_gpu = config.hardware.device is not Device.cpu and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        precision = resolve_precision(config.engine.precision, device)
+        check_engine(config.engine, precision, device)
+    except UserError as error:
+        yield str(error)
+        return
+    if config.model.attention is not Attention.auto and not check(config.model, config.data.document_mask):
+        try:
+            resolve_attention(config.model, device, DTYPES[precision])
+        except UserError as error:
+            yield str(error)

@@ -1,5 +1,7 @@
 """Cross-field checks: each problem is found, named and has a remedy; all are reported at once."""
 
+import re
+
 import pytest
 import torch
 
@@ -17,8 +19,6 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         (["optim.lr=0"], ["optim.lr"]),
         (["optim.beta2=1.0"], ["optim.beta2"]),
         (["optim.min_lr_ratio=2"], ["optim.min_lr_ratio"]),
-        (["optim.warmup_steps=480"], ["optim.warmup_steps is 480", "train.steps is 480"]),
-        (["optim.decay_steps=470"], ["optim.warmup_steps (40)", "optim.decay_steps (470)"]),
         (["optim.schedule=constant", "optim.decay_steps=3"], ["optim.decay_steps", "constant"]),
         (["data=text"], ["data.path is not set"]),
         (["data.path=x"], ["data=stdlib does not read"]),
@@ -42,9 +42,10 @@ def test_problem_is_named(overrides: list[str], words: list[str]) -> None:
 @pytest.mark.parametrize(
     "override", ["hardware.device=cuda", "model.attention=flash", "model.attention=flash1", "engine.precision=fp16"]
 )
-def test_what_needs_a_gpu_says_so(override: str) -> None:
+def test_what_needs_a_gpu_says_so(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it, kernels run on a CPU
     problems = list(find_problems(compose([override]), world_size=1))
-    assert [p for p in problems if override.split("=")[0] in p and ("GPU" in p)], problems
+    assert [p for p in problems if override.split("=")[0] in p and re.search("GPU|CUDA|fp16 units", p)], problems
 
 
 def test_all_problems_come_together() -> None:
@@ -55,6 +56,10 @@ def test_all_problems_come_together() -> None:
     for key in ("train.steps", "engine.zero_stage", "data.path"):
         assert key in text
     assert len(text.splitlines()) <= 25
+
+
+def test_a_run_shorter_than_its_warm_up_is_allowed() -> None:
+    validate(compose(["train.steps=5"]), world_size=1)
 
 
 def test_default_config_is_valid() -> None:

@@ -1,0 +1,66 @@
+"""Where a run goes on from, and what the user is told about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from training import checkpoint
+from training.console import Terminal, short_path
+from training.differences import Difference, compare_configs
+from training.engine import Engine
+from training.run import RunFolder
+from training.state import TrainState
+
+MAX_DIFFERENCES = 12
+"""Differing keys that are listed one by one."""
+
+
+def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
+    """What `resume` means: a folder to look for checkpoints in, or None to start anew.
+
+    Raises `UserError` for a path that isn't there.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return folder.checkpoints
+    path = Path(config.resume).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"resume={config.resume} does not exist: give a checkpoint (runs/NAME/checkpoints/step_...), "
+            "a run folder, resume=auto or resume=never."
+        )
+    return path
+
+
+def resume(engine: Engine, config: RunConfig, folder: RunFolder, tokenizer_hash: str, terminal: Terminal) -> TrainState:
+    """Load what `resume` says into the engine; the state to go on with, a new one if there is nothing. Collective.
+
+    Tells which checkpoints were damaged, and which keys differ from those the checkpoint was trained with. Raises
+    `CheckpointError` or `UserError` if there is something but it can't be used.
+    """
+    path = resume_path(config, folder)
+    loaded = None if path is None else checkpoint.load(engine, path, tokenizer_hash=tokenizer_hash)
+    if loaded is None:
+        if config.resume not in ("auto", "never"):
+            raise UserError(f"resume={config.resume}: there is no checkpoint in it. Give another path, or resume=auto.")
+        return TrainState()
+    for message in loaded.messages:
+        terminal.warn(message)
+    terminal.say(f"Going on from {short_path(loaded.path)}, {loaded.state.step:,} steps done.")
+    report_differences(compare_configs(loaded.manifest.config, config), terminal)
+    return loaded.state
+
+
+def report_differences(differences: list[Difference], terminal: Terminal) -> None:
+    """Say what differs; keys that change what is trained come first, as warnings."""
+    for difference in differences[:MAX_DIFFERENCES]:
+        text = f"{difference.key} was {difference.saved}, is {difference.current}"
+        if difference.matters:
+            terminal.warn(f"{text}: the run goes on differently from how it would have")
+        else:
+            terminal.say(f"  {text}: changes rounding, speed or output at most")
+    if len(differences) > MAX_DIFFERENCES:
+        terminal.say(f"  ... and {len(differences) - MAX_DIFFERENCES} more keys: compare config.yaml")

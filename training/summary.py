@@ -1,0 +1,76 @@
+"""The end of a run in a few lines: what came out, where things are, what to run next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from configs.schema import RunConfig
+from training import metrics as m
+from training.checkpoint import candidates
+from training.console import RunSummary, short_path
+from training.hardware import Peak
+from training.logging import read_metrics
+from training.metrics import Throughput
+from training.progress import format_duration
+from training.run import RunFolder
+from training.state import TrainState
+
+
+def summarise(
+    config: RunConfig,
+    folder: RunFolder,
+    state: TrainState,
+    *,
+    steps_done: int,
+    seconds: float,
+    stopped_by: str,
+    throughput: Throughput | None,
+    peak: Peak,
+    world_size: int,
+    wandb_note: str,
+) -> RunSummary:
+    """What `training.console.print_summary` shows; losses are the last logged ones, as in metrics.jsonl."""
+    rows = read_metrics(folder.metrics)
+
+    def last(key: str) -> float | None:
+        return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+    saved = candidates(folder.path)
+    return RunSummary(
+        headline=headline(config, state, steps_done, seconds, stopped_by),
+        folder=folder,
+        train_loss=last(m.TRAIN_LOSS),
+        val_loss=last(m.VAL_LOSS),
+        val_perplexity=last(m.VAL_PERPLEXITY),
+        val_bits_per_byte=last(m.VAL_BITS_PER_BYTE),
+        throughput=throughput,
+        peak=peak,
+        world_size=world_size,
+        checkpoint=saved[0] if saved else None,
+        wandb_note=wandb_note,
+        next_steps=next_steps(config, folder, bool(stopped_by)),
+    )
+
+
+def headline(config: RunConfig, state: TrainState, steps_done: int, seconds: float, stopped_by: str) -> str:
+    """One line about how the run ended."""
+    if stopped_by:
+        return f"Stopped by {stopped_by} after step {state.step:,} of {config.train.steps:,}"
+    if steps_done == 0:
+        return f"Nothing to do: all {config.train.steps:,} steps of this run are done"
+    return f"{steps_done:,} steps in {format_duration(seconds)}"
+
+
+def next_steps(config: RunConfig, folder: RunFolder, stopped: bool) -> Sequence[tuple[str, str]]:
+    """(what it does, command) pairs."""
+    place = short_path(folder.path)
+    this = "python train.py" if place == "runs/quickstart" else f"python train.py run_dir={place}"
+    if stopped:
+        return [("go on", "the same command again")]
+    return [
+        ("train longer", f"{this} train.steps={config.train.steps * 2}"),
+        ("start anew", f"{this} resume=never"),
+        ("compare attention", "python scripts/compare_attention.py compare.steps=20"),
+        ("your own text", "python train.py name=mine data=text data.path='FOLDER/*.txt'"),
+        ("a real model", "torchrun --nproc_per_node 8 train.py experiment=gpt2_124m"),
+    ]

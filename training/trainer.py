@@ -1,0 +1,346 @@
+"""The parts of a run, put together, and what happens between its steps.
+
+`Trainer` is made in the order of the journey of a token: corpus, model, engine, the checkpoint to go on from, and the
+record of what happens. `train.py` holds the loop and calls the verbs below.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from configs.errors import OutOfMemoryError, UserError
+from configs.schema import NonFinite, Precision, RunConfig
+from data import GlobalBatch, MicroBatch, PreparedData, TokenLoader, evaluation_batches, load_tokenizer, prepare
+from data.progress import show_progress
+from model import build_model, resolve_attention
+from model.flops import flops_per_token, parameter_counts
+from model.generate import generate
+from training import checkpoint, rng
+from training import metrics as m
+from training.backend import DTYPES
+from training.batch import resolve_batch
+from training.console import RunSummary, print_summary, short_path
+from training.engine import Engine, StepResult, build_engine
+from training.hardware import device_peak
+from training.logging import RunLogger, system_info
+from training.metrics import ThroughputMeter
+from training.plot import plot_curves
+from training.progress import Progress
+from training.resume import resume
+from training.schedule import learning_rate
+from training.session import Session
+from training.state import TrainState
+from training.summary import summarise
+
+SAMPLE_TEMPERATURE = 0.8
+SAMPLE_TOP_K = 50
+
+
+class Trainer:
+    """A run between its first and its last step; a context manager.
+
+    Raises `UserError` for a corpus, a checkpoint or an engine that can't be had.
+    """
+
+    engine: Engine
+    state: TrainState
+    loader: TokenLoader
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.config = session.config
+        self.processes = session.processes
+        self.started = time.monotonic()
+        self.validated_at = -1
+        self.last: StepResult | None = None
+        self.cleanup = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:  # undone if a part can't be made
+            self._build(stack)
+            self.cleanup = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.logger.finish(0 if error is None else 1)
+        self.cleanup.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemoryError(
+                f"Out of GPU memory at train.micro_batch_size={self.plan.micro_batch_size}: lower it, or set "
+                "engine.recompute=block, or shard more (engine=zero2, zero3 on several GPUs)."
+            ) from error
+
+    def _build(self, stack: ExitStack) -> None:
+        config, session, processes = self.config, self.session, self.processes
+        with show_progress(session.terminal.console) as report:
+            self.corpus = prepare(config.data, report)
+        self.tokenizer = load_tokenizer(self.corpus)
+        self.model_config = replace(config.model, vocab_size=vocabulary(config, self.corpus))
+        self.plan = resolve_batch(config.train, processes.world_size)
+        self.loader = self._loader()
+        rng.seed_all(config.seed)  # the same initial weights on every rank
+        model = build_model(self.model_config)
+        self.engine = build_engine(model, config, self.plan, processes)
+        stack.callback(self.engine.close)
+        rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
+        self.state = resume(self.engine, config, session.folder, self.corpus.tokenizer_hash, session.terminal)
+        self.first_step = self.saved_at = self.state.step
+        self.peak = device_peak(
+            processes.device, self.engine.precision, config.hardware.peak_tflops, config.hardware.tf32
+        )
+        self.logger = self._logger()
+        self.state.wandb_id = self.logger.wandb_id
+        self.meter = self._meter()
+        self.progress = Progress(
+            session.terminal, config.train.steps, initial_step=self.state.step, mode=config.logging.progress
+        )
+        self._say_what_runs()
+        stack.enter_context(self.progress)
+        self.meter.start()
+
+    def _loader(self) -> TokenLoader:
+        config, processes = self.config, self.processes
+        return TokenLoader(
+            self.corpus.train,
+            sequence_length=config.model.sequence_length,
+            global_batch_size=self.plan.global_batch_size,
+            micro_batch_size=self.plan.micro_batch_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            document_mask=config.data.document_mask,
+            prefetch=config.data.prefetch,
+            device=processes.device,
+        )
+
+    def _logger(self) -> RunLogger:
+        return RunLogger(
+            self.session.folder,
+            self.config,
+            resume_step=self.state.step,
+            wandb_id=self.state.wandb_id,
+            info={**system_info(self.processes.world_size), "peak": str(self.peak)},
+            enabled=self.processes.is_main,
+        )
+
+    def _meter(self) -> ThroughputMeter:
+        flops = flops_per_token(self.model_config)
+        return ThroughputMeter(
+            flops_per_token=flops.megatron,
+            flops_per_token_causal=flops.causal,
+            peak_tflops=self.peak.tflops,
+            world_size=self.processes.world_size,
+            device=self.processes.device,
+        )
+
+    def _say_what_runs(self) -> None:
+        config, plan, world = self.config, self.plan, self.processes.world_size
+        count = parameter_counts(self.model_config).total
+        attention = resolve_attention(self.model_config, self.processes.device, DTYPES[self.engine.precision])
+        ranks = "1 rank" if world == 1 else f"{world} ranks"
+        say = self.session.terminal.say
+        say(
+            f"{config.name}: {count / 1e6:,.1f} M parameters, {attention} attention, {self.engine.precision}, "
+            f"ZeRO-{config.engine.zero_stage}, {ranks} on {self.peak.device_name}"
+        )
+        tokens = plan.global_batch_size * config.model.sequence_length
+        say(
+            f"{self.corpus.train.num_tokens:,} training tokens; {tokens:,} a step: {plan.global_batch_size} sequences "
+            f"of {config.model.sequence_length} ({ranks} × {plan.accumulation_steps} × {plan.micro_batch_size})"
+        )
+        if config.optim.warmup_steps >= config.train.steps:
+            self.session.terminal.warn(
+                f"optim.warmup_steps={config.optim.warmup_steps} is not below train.steps={config.train.steps}: "
+                "the learning rate never reaches its peak"
+            )
+        if self.logger.wandb_note:
+            say(f"wandb {self.logger.wandb_note}")
+
+    def advance(self, batch: GlobalBatch, result: StepResult) -> None:
+        """Count a finished step. Raises `UserError` if it wasn't finite, unless such steps are skipped."""
+        state = self.state
+        if not result.finite:
+            self._nonfinite(result)
+        state.step += 1
+        state.consumed_samples = batch.next_sample
+        state.tokens_seen += batch.valid_tokens
+        if result.finite:
+            state.last_loss = result.loss
+        self.last = result
+        self.meter.step(batch.valid_tokens, batch.wait_s)
+        self.progress.advance(state.step)
+
+    def _nonfinite(self, result: StepResult) -> None:
+        what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+        if self.config.train.nonfinite is NonFinite.skip:
+            self.state.skipped_steps += 1
+            self.session.terminal.warn(f"step {self.state.step + 1} is skipped: {what}")
+            return
+        raise UserError(
+            f"Step {self.state.step + 1} has a non-finite loss or gradient ({what}); its update was not made. "
+            f"{self._last_good()} Lower optim.lr, raise optim.warmup_steps, or set train.nonfinite=skip."
+        )
+
+    def _last_good(self) -> str:
+        saved = checkpoint.candidates(self.session.folder.path)
+        where = f"The last good checkpoint is {short_path(saved[0])}." if saved else "There is no checkpoint yet."
+        return f"{where} resume=auto goes on from it." if saved else where
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now."""
+        return every > 0 and self.state.step % every == 0
+
+    def log(self, result: StepResult) -> None:
+        """Write the metrics of the interval that ends with this step."""
+        state, throughput = self.state, self.meter.report()
+        values: dict[str, float | None] = {
+            m.TRAIN_LOSS: result.loss,
+            m.TRAIN_PERPLEXITY: m.perplexity(result.loss),
+            m.TRAIN_Z_LOSS: result.z_loss if self.config.model.z_loss else None,
+            m.LR: learning_rate(state.step - 1, self.config.optim, self.config.train.steps),
+            m.GRAD_NORM: result.grad_norm,
+            m.LOSS_SCALE: self.engine.loss_scale.scale if self.engine.precision is Precision.fp16 else None,
+            m.SKIPPED_STEPS: state.skipped_steps,
+            m.PEAK_MEMORY: m.peak_memory_gb(self.processes.device),
+            m.TOKENS_SEEN: state.tokens_seen,
+            m.EPOCH: state.consumed_samples / self.loader.samples_per_epoch,
+        }
+        if throughput is not None:
+            values |= throughput.metrics()
+        with self.meter.excluded():
+            self.logger.log(state.step, values)
+            self.progress.report(state.step, values)
+
+    def evaluate(self) -> None:
+        """Validation loss and a sample of text. A signal in between ends it without a result."""
+        with self.meter.excluded(), self.progress.status("evaluating"):
+            loss_sum, tokens = self.engine.evaluate(self._evaluation_batches())
+            if self.session.interrupts.poll():
+                return
+            loss, validation = loss_sum / tokens, self.corpus.validation
+            values = {
+                m.VAL_LOSS: loss,
+                m.VAL_PERPLEXITY: m.perplexity(loss),
+                m.VAL_BITS_PER_BYTE: m.bits_per_byte(loss, validation.num_tokens, validation.num_bytes),
+            }
+            self.validated_at, self.validation = self.state.step, values
+            best = self.state.best_validation_loss
+            self.state.best_validation_loss = loss if best is None else min(best, loss)
+            self.logger.log(self.state.step, values)
+            self.progress.evaluation(self.state.step, values)
+            if self.config.train.sample_tokens:
+                self._sample()
+            self._plot()
+
+    def _evaluation_batches(self) -> Iterator[MicroBatch]:
+        batches = evaluation_batches(
+            self.corpus.validation,
+            sequence_length=self.config.model.sequence_length,
+            micro_batch_size=self.plan.micro_batch_size,
+            num_sequences=self.config.train.eval_sequences,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            document_mask=self.config.data.document_mask,
+            device=self.processes.device,
+        )
+        for batch in batches:
+            if self.session.interrupts.poll():  # the same number of batches on every rank, so all come by
+                return
+            yield batch
+
+    def _sample(self) -> None:
+        """Sampled text, the same for the same weights. All ranks take part where the weights are sharded."""
+        if not self.processes.is_main and self.config.engine.zero_stage < 3:
+            return
+        prompt = self.config.train.sample_prompt
+        ids = self.tokenizer.encode(prompt).ids or [self.corpus.eos_id]
+        device = self.processes.device
+        start = torch.tensor([ids], device=device)  # (1, T)
+        generator = torch.Generator(device).manual_seed(self.config.seed)
+        tokens = generate(
+            self.engine.module,
+            start,
+            self.config.train.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            top_k=SAMPLE_TOP_K,
+            generator=generator,
+        )
+        text = self.tokenizer.decode(tokens[0, len(ids) :].tolist())
+        self.progress.sample(self.state.step, prompt, text)
+        self.logger.log_sample(self.state.step, prompt, text)
+
+    def _plot(self) -> None:
+        if not (self.config.logging.plot and self.processes.is_main):
+            return
+        try:
+            drawn = plot_curves(self.session.folder.metrics, self.session.folder.curves, self.config.name)
+        except OSError as error:  # a full disk must not end a run for the sake of a picture
+            self.session.terminal.warn(f"{self.session.folder.curves} can't be written: {error.strerror}")
+            return
+        if drawn is not None:
+            self.logger.log_image(self.state.step, "curves", drawn)
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after the last finished step."""
+        with self.meter.excluded(), self.progress.status("saving"):
+            checkpoint.save(
+                self.engine,
+                self.state,
+                self.session.folder.checkpoints,
+                tokenizer_hash=self.corpus.tokenizer_hash,
+                keep_last=self.config.train.keep_last,
+                keep_every=self.config.train.keep_every,
+            )
+            self.saved_at = self.state.step
+
+    def finish(self) -> None:
+        """Evaluate and save what the last step left undone; say where things are and what to run next."""
+        train, state = self.config.train, self.state
+        stopped = self.session.interrupts.poll()
+        if not stopped and train.eval_every and self.validated_at != state.step and self.last is not None:
+            self.evaluate()
+        if train.save_every and self.saved_at != state.step:
+            self.save()
+        if self.last is not None:
+            with self.meter.excluded():
+                self._plot()
+        self.meter.report()  # what the last log line didn't cover
+        self.cleanup.close()
+        self.logger.finish()
+        if self.processes.is_main:
+            print_summary(self.session.terminal, self._summary(stopped))
+
+    def _summary(self, stopped: bool) -> RunSummary:
+        return summarise(
+            self.config,
+            self.session.folder,
+            self.state,
+            steps_done=self.state.step - self.first_step,
+            seconds=time.monotonic() - self.started,
+            stopped_by=self.session.interrupts.reason if stopped else "",
+            throughput=self.meter.total(),
+            peak=self.peak,
+            world_size=self.processes.world_size,
+            wandb_note=self.logger.wandb_note,
+        )
+
+
+def vocabulary(config: RunConfig, corpus: PreparedData) -> int:
+    """Tokens of the model's vocabulary. Raises `UserError` where the config's is too small for the corpus."""
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < corpus.vocab_size:
+        raise UserError(
+            f"model.vocab_size={wanted} is smaller than the tokenizer's {corpus.vocab_size}: "
+            f"use null, or at least {corpus.vocab_size}."
+        )
+    return wanted or corpus.vocab_size
