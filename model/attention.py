@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple, TypedDict
@@ -33,6 +32,7 @@ from model.layers import document_ids, rotate
 
 logger = logging.getLogger(__name__)
 
+DOCUMENTS = "model.attention={} has no document mask; use model.attention=flash or sdpa, or data.document_mask=false"
 MAX_FLASH_HEAD_DIM = 256
 """Largest head dim of the flash kernels."""
 
@@ -60,8 +60,11 @@ class Scores(NamedTuple):
     dropout: float = 0.0
 
 
-def problems(config: ModelConfig, attention: Attention) -> list[str]:
-    """Why an implementation can't compute this config's attention, each with its remedy; empty if it can."""
+def problems(config: ModelConfig, attention: Attention, documents: bool = False) -> list[str]:
+    """Why an implementation can't compute this config's attention, each with its remedy; empty if it can.
+
+    `documents`: whether `data.document_mask` is on.
+    """
     found = []
     head_dim = config.head_dim or config.width // config.num_heads
     name = f"model.attention={attention.value}"
@@ -75,6 +78,8 @@ def problems(config: ModelConfig, attention: Attention) -> list[str]:
             f"{name} has no soft cap (model.attention_softcap={config.attention_softcap:g}); "
             "use model.attention=flash or standard, or model.attention_softcap=0"
         )
+    if attention in (Attention.flash1, Attention.standard) and documents:
+        found.append(DOCUMENTS.format(attention.value))
     if attention is Attention.flash1:
         asked = {
             "model.window": config.window is not None,
@@ -118,7 +123,7 @@ def _say_once(message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Which keys a query sees, for the implementations that hold the scores in memory
+# PyTorch's attention, and which keys a query sees, where it has to be told
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -144,24 +149,6 @@ def alibi_bias(slopes: Tensor, length: int) -> Tensor:
     return slopes[None, :, None, None] * (index[None, :] - index[:, None])
 
 
-def standard(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> Tensor:
-    """Product, softmax in fp32, product; keeps B·H·S·S scores and weights for the backward pass."""
-    _, length, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[2]
-    seen = visible_keys(q, scores.window, context.cu_seqlens)  # (1 or B, 1, S, S)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, S, D)
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # (B, H, S, D)
-    score = (q @ k.transpose(-2, -1)).float() / math.sqrt(head_dim)  # (B, H, S, S)
-    if scores.softcap > 0:
-        score = scores.softcap * torch.tanh(score / scores.softcap)
-    if context.alibi is not None:
-        score = score + alibi_bias(context.alibi, length)
-    weight = score.masked_fill(~seen, -torch.inf).softmax(dim=-1).to(v.dtype)
-    weight = F.dropout(weight, scores.dropout, training=scores.dropout > 0)
-    return (weight @ v).transpose(1, 2)  # (B, S, H, D)
-
-
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> Tensor:
     """PyTorch's attention. Plain causal attention takes its fast kernels; all else is passed as a mask."""
     _, length, num_heads, _ = q.shape
@@ -184,12 +171,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> T
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The kernels
+# Implementations of `kernels`
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _window_size(scores: Scores) -> tuple[int, int]:
+    """Keys before and after a query that it sees, -1 for all."""
+    return (-1 if scores.window is None else scores.window, 0)
+
+
 class KernelOptions(TypedDict):
-    """The keyword arguments that the kernels share."""
+    """The keyword arguments that the kernels share, with flash-attn's meaning."""
 
     dropout_p: float
     causal: bool
@@ -203,7 +195,7 @@ def _kernel_options(scores: Scores, context: Context) -> KernelOptions:
     return {
         "dropout_p": scores.dropout,
         "causal": True,
-        "window_size": (-1 if scores.window is None else scores.window, 0),
+        "window_size": _window_size(scores),
         "softcap": scores.softcap,
         "alibi_slopes": context.alibi,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -231,13 +223,30 @@ def flash_packed(qkv: Tensor, scores: Scores, context: Context) -> Tensor:
     return out.view(*qkv.shape[:2], *qkv.shape[3:])  # (B, S, H, D)
 
 
+def standard(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> Tensor:
+    """Product, softmax in fp32, product; keeps B·H·S·S scores and weights for the backward pass."""
+    _refuse_documents(context)
+    return kernels.standard_attention(
+        q,
+        k,
+        v,
+        dropout_p=scores.dropout,
+        causal=True,
+        window_size=_window_size(scores),
+        softcap=scores.softcap,
+        alibi_slopes=context.alibi,
+    )
+
+
 def flash1(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> Tensor:
     """FlashAttention-1's schedule; causal attention only."""
-    if context.cu_seqlens is not None:
-        raise UserError(
-            "model.attention=flash1 has no document mask; use model.attention=flash or data.document_mask=false"
-        )
+    _refuse_documents(context)
     return kernels.flash1_attn_func(q, k, v, causal=True)  # type: ignore[attr-defined]
+
+
+def _refuse_documents(context: Context) -> None:
+    if context.cu_seqlens is not None:
+        raise UserError(DOCUMENTS.format(context.attention.value))
 
 
 IMPLEMENTATIONS: dict[Attention, Callable[[Tensor, Tensor, Tensor, Scores, Context], Tensor]] = {

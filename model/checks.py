@@ -6,17 +6,17 @@ from configs.schema import Attention, ModelConfig, Position
 from model import attention
 
 
-def check(config: ModelConfig) -> list[str]:
+def check(config: ModelConfig, documents: bool = False) -> list[str]:
     """All problems of a model config, each naming its keys and the remedy; empty if there are none.
 
-    `vocab_size` may still be None: it is known once the data is prepared.
+    `vocab_size` may still be None: it is known once the data is prepared. `documents`: `data.document_mask`.
     """
     found = _check_ranges(config)
     if found:
         return found  # the rest divides by these numbers
     found += _check_heads(config)
     if config.attention is not Attention.auto and not found:
-        found += attention.problems(config, config.attention)
+        found += attention.problems(config, config.attention, documents)
     return found
 
 

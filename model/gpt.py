@@ -18,7 +18,7 @@ from configs.schema import ModelConfig, Position
 from model.attention import Context, SelfAttention, resolve_attention
 from model.checks import check
 from model.dimensions import resolve_dimensions
-from model.init import Embedding, Linear
+from model.init import Embedding, Linear, initialise
 from model.layers import MLP, alibi_slopes, build_norm, rotary_tables, token_positions
 from model.loss import Head
 
@@ -122,6 +122,15 @@ class GPT(nn.Module):
             out = block(x, context)
         return out
 
+    def materialise(self, device: torch.device | str) -> GPT:
+        """Give a model that was built on the meta device memory on `device`, and the initial weights that building it
+        there would have drawn."""
+        self.to_empty(device=device)
+        if self.config.tied_embeddings:
+            self.head.weight = self.embedding.weight  # `to_empty` has made two of it
+        initialise(self)
+        return self
+
     def set_recompute(self, recompute: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.recompute = recompute
@@ -144,7 +153,7 @@ class GPT(nn.Module):
 
 
 def build_model(config: ModelConfig) -> GPT:
-    """The model of a config whose `vocab_size` is set; under `torch.device("meta")` without memory (`initialise`).
+    """The model of a config whose `vocab_size` is set; under `torch.device("meta")` to be materialised later.
 
     Raises `UserError` with all that is wrong with the config.
     """

@@ -5,7 +5,7 @@ projections that write into the residual stream smaller by 1/sqrt(2L), since 2L 
 
 Each layer draws its weights in its own constructor, from the global random generator, so that a library which
 shards parameters while the model is built (ZeRO-3's `zero.Init`) sees them initialised. `initialise` draws them
-again, in the same order and so with the same values, for a model that was built on the meta device.
+again, in the same order and so with the same values (`GPT.materialise`).
 """
 
 from __future__ import annotations
@@ -55,10 +55,7 @@ class Embedding(nn.Embedding):
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw every weight of `model` anew, as building it does, from the global random generator.
-
-    For a model that was built under `torch.device("meta")` and then given memory with `to_empty`.
-    """
+    """Draw every weight of `model` anew, as building it does, from the global random generator."""
     for module in model.modules():
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None:

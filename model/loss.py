@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from configs.errors import UserError
 from configs.schema import ModelConfig, Toggle
-from model.dimensions import Dimensions
+from model.dimensions import Dimensions, round_up
 from model.init import init_table
 
 IGNORE = -100
@@ -134,13 +134,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunks(num_tokens: int, num_columns: int, device: torch.device) -> list[slice]:
-    """Equal slices of the tokens (but for the last) whose logits number at most `CHUNK_LOGITS`."""
+    """Slices of the tokens, alike but for the last, of whole tiles if possible, with at most `CHUNK_LOGITS` logits."""
     most = max(1, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cuda"]) // num_columns)
-    count = -(-num_tokens // most)
-    size = -(-num_tokens // max(1, count))
-    if num_tokens > size:
-        size = -(-size // 128) * 128  # whole tiles
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(1, size))]
+    tile = 128 if most >= 128 else 1
+    most = most // tile * tile
+    count = max(1, -(-num_tokens // most))
+    size = max(1, round_up(-(-num_tokens // count), tile))
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 def accumulate_product_(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:

@@ -95,12 +95,13 @@ def _cross_entropy_kernel(
         z_factor = 1.0 + 2.0 * z_weight * lse
         for start in range(0, padded_size, BLOCK):
             place = row_ptr + start + columns
-            y = _cap(tl.load(place, mask=start + columns < padded_size, other=0.0).to(tl.float32), softcap, HAS_CAP)
+            stored, used = start + columns < padded_size, start + columns < vocab_size
+            y = _cap(tl.load(place, mask=stored, other=0.0).to(tl.float32), softcap, HAS_CAP)
+            y = tl.where(used, y, lse)  # whatever the padding holds: no overflow below
             d_x = tl.exp(y - lse) * z_factor - tl.where(start + columns == target, 1.0, 0.0)
             if HAS_CAP:
                 d_x *= 1.0 - (y / softcap) * (y / softcap)
-            d_x = tl.where(start + columns < vocab_size, d_x, 0.0)
-            tl.store(place, d_x.to(logits_ptr.dtype.element_ty), mask=start + columns < padded_size)
+            tl.store(place, tl.where(used, d_x, 0.0).to(logits_ptr.dtype.element_ty), mask=stored)
 
 
 def runs_on(device: torch.device) -> bool:
