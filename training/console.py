@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, BinaryIO, Final, TextIO
+from typing import IO, TYPE_CHECKING, BinaryIO, Final, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleDimensions
@@ -33,9 +33,11 @@ from rich.rule import Rule
 from rich.table import Table
 
 from configs.errors import UserError
-from training.hardware import Peak
-from training.metrics import Throughput
 from training.run import RunFolder
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the terminal comes first
+    from training.hardware import Peak
+    from training.metrics import Throughput
 
 OUR_PACKAGES: Final = frozenset({"train", "training", "model", "data", "kernels", "configs", "scripts", "__main__"})
 """Top-level names of the loggers whose warnings a user sees."""
