@@ -35,6 +35,20 @@ class LogStream(io.TextIOBase):
 
 
 @contextlib.contextmanager
+def local_rank(rank: int) -> Iterator[None]:
+    """The one variable of a launcher that DeepSpeed insists on, for as long as it looks."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Send what Python code prints to the log."""
     with contextlib.redirect_stdout(LogStream()), contextlib.redirect_stderr(LogStream()):

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -33,7 +32,7 @@ class Launch:
     world_size: int
     local_rank: int
     address: str
-    port: int
+    """Where PyTorch finds the other processes: `env://` leaves it to the launcher's variables."""
 
 
 @dataclass
@@ -47,8 +46,6 @@ class Processes:
     timeout: timedelta
     control: dist.ProcessGroup | None
     """gloo group for `broadcast`, `gather`, `any` and `barrier`; None with one process."""
-    added_environment: tuple[str, ...] = field(default=())
-    """Variables that `init` set because no launcher had; `close` removes them."""
 
     @property
     def is_main(self) -> bool:
@@ -87,8 +84,6 @@ class Processes:
         """Leave the group. Waits for nobody, so that a failed rank can go; may be called twice."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        for name in self.added_environment:
-            os.environ.pop(name, None)
 
 
 def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Processes:
@@ -96,24 +91,22 @@ def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Process
 
     Raises `UserError` if the device isn't there, or if there are more processes on a node than GPUs.
     """
-    launch = detect_launch(os.environ)
-    alone = launch is None
-    launch = launch or Launch(0, 1, 0, "127.0.0.1", free_port())
-    added = export(launch)
+    detected = detect_launch(os.environ)
+    launch = detected or Launch(0, 1, 0, "")
     target = pick_device(device, launch.local_rank)
     timeout = timedelta(minutes=timeout_minutes)
     if target.type == "cuda":
         torch.cuda.set_device(target)
     dist.init_process_group(
         backend="nccl" if target.type == "cuda" else "gloo",
-        store=dist.HashStore() if alone else None,
-        init_method=None if alone else "env://",
+        store=None if detected else dist.HashStore(),
+        init_method=launch.address if detected else None,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if launch.world_size > 1 else None
-    return Processes(launch.rank, launch.world_size, launch.local_rank, target, timeout, control, added)
+    return Processes(launch.rank, launch.world_size, launch.local_rank, target, timeout, control)
 
 
 def pick_device(device: Device, local_rank: int) -> torch.device:
@@ -137,18 +130,17 @@ def detect_launch(environment: Mapping[str, str]) -> Launch | None:
             rank=int(environment["RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
             local_rank=int(environment.get("LOCAL_RANK", "0")),
-            address=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(environment.get("MASTER_PORT", "29500")),
+            address="env://",
         )
     # Only srun sets the STEP variables: a plain `python train.py` in a batch script of many tasks is one process.
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        host = environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"])
+        port = environment.get("MASTER_PORT") or 20000 + int(environment["SLURM_JOB_ID"]) % 20000
         return Launch(
             rank=int(environment["SLURM_PROCID"]),
             world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment["SLURM_LOCALID"]),
-            address=environment.get("MASTER_ADDR") or first_node(nodes),
-            port=int(environment.get("MASTER_PORT") or 20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+            address=f"tcp://{host}:{port}",
         )
     return None
 
@@ -160,25 +152,3 @@ def first_node(nodes: str) -> str:
         raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: no host name in it; set MASTER_ADDR")
     prefix, number, suffix = match.groups()
     return prefix + (number or "") + (suffix or "")
-
-
-def export(launch: Launch) -> tuple[str, ...]:
-    """Set the variables that DeepSpeed insists on and that aren't set; return their names."""
-    values = {
-        "RANK": launch.rank,
-        "WORLD_SIZE": launch.world_size,
-        "LOCAL_RANK": launch.local_rank,
-        "MASTER_ADDR": launch.address,
-        "MASTER_PORT": launch.port,
-    }
-    added = tuple(name for name in values if name not in os.environ)
-    os.environ.update({name: str(values[name]) for name in added})
-    return added
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -28,6 +28,7 @@ from training.backend import (
     check_engine,
     deepspeed_config,
     import_deepspeed,
+    local_rank,
     quiet,
     resolve_precision,
     should_compile,
@@ -224,7 +225,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         world_size=processes.world_size,
     )
     deepspeed = import_deepspeed(device)
-    with quiet():
+    with quiet(), local_rank(device.index or 0):
         wrapped, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optim),
