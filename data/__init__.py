@@ -5,7 +5,7 @@
 
 from data.errors import DataError
 from data.loader import GlobalBatch, MicroBatch, TokenLoader, evaluation_batches
-from data.prepare import PreparedData, Progress, load_tokenizer, open_prepared, prepare, prepare_tokenizer
+from data.preparation import PreparedData, Progress, load_tokenizer, open_prepared, prepare, prepare_tokenizer
 from data.shards import TokenDataset
 
 __all__ = [

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from data.prepare import Progress, ProgressCallback
+from data.preparation import Progress, ProgressCallback
 
 LINE_INTERVAL_S = 15.0
 _TITLES = {
@@ -22,7 +22,7 @@ _TITLES = {
 
 @contextmanager
 def show_progress(console: Console | None = None) -> Iterator[ProgressCallback]:
-    """A callback for `data.prepare` that shows what it is told; nothing appears before its first call."""
+    """A callback for `data.preparation` that shows what it is told; nothing appears before its first call."""
     console = console or Console(stderr=True)
     if console.is_terminal:
         with _Bars(console) as bars:

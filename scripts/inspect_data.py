@@ -21,7 +21,7 @@ from rich.console import Console
 from configs import launch
 from configs.schema import RunConfig
 from data.loader import TokenLoader
-from data.prepare import PreparedData, load_tokenizer, prepare
+from data.preparation import PreparedData, load_tokenizer, prepare
 from data.progress import show_progress
 from data.report import duplicates, plot_lengths
 from scripts.prepare_data import summary

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from configs import launch
 from configs.schema import RunConfig
-from data.prepare import PreparedData, prepare
+from data.preparation import PreparedData, prepare
 from data.progress import show_progress
 from data.shards import SPLITS
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from configs import launch
 from configs.schema import RunConfig
 from data.errors import DataError
-from data.prepare import prepare_tokenizer
+from data.preparation import prepare_tokenizer
 from data.progress import show_progress
 from data.tokenizer import inspect_tokenizer
 

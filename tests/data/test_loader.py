@@ -180,7 +180,7 @@ def test_evaluation_counts_each_token_once(
 def test_sizes_that_do_not_fit(tiny: PreparedData) -> None:
     with pytest.raises(DataError, match=r"global_batch_size=8 .* 3 ranks × train.micro_batch_size=1"):
         loader(tiny, world_size=3)
-    with pytest.raises(DataError, match="model.sequence_length=1000000"):
+    with pytest.raises(DataError, match=r"model\.sequence_length=1000000"):
         loader(tiny, sequence_length=1_000_000)
 
 

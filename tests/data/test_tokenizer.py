@@ -106,7 +106,7 @@ def test_what_is_wrong_with_a_tokenizer(tiny: PreparedData, tmp_path: Path, monk
         with pytest.raises(DataError, match=r"data\.tokenizer=.*no such file.*hub name such as gpt2"):
             tokenizer_identity(name)
     without = Tokenizer.from_str(tiny.tokenizer_path.read_text("utf-8").replace(END_OF_TEXT, "<strange>"))
-    with pytest.raises(DataError, match="no token that separates documents; looked for <|endoftext|>"):
+    with pytest.raises(DataError, match=r"no token that separates documents; looked for <\|endoftext\|>"):
         inspect_tokenizer(without)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert tokenizer_identity("gpt2") == {"hub": "gpt2"}

@@ -337,6 +337,8 @@ class _State:
     cursor: Cursor = field(default_factory=dict)
     documents: int = 0
     """Documents read from this stream, empty ones included."""
+    total_documents: int = 0
+    """Documents read from both."""
     commit: str | None = None
     """The hub's commit that is being read."""
     writers: dict[str, Any] = field(default_factory=dict)
@@ -427,6 +429,7 @@ def _tokenize_stream(
         state.cursor = encoded.batch.cursor
         state.commit = state.cursor.get("commit") if state.stream == 0 else state.commit
         state.documents += len(encoded.batch.texts)
+        state.total_documents += len(encoded.batch.texts)
         meter.add(len(encoded.lengths), int(encoded.num_bytes.sum()), len(encoded.tokens), encoded.batch.fraction)
         finished = sum(len(writer.info.shards) for writer in writers.values())
         if finished != shards or time.monotonic() - saved > STATE_INTERVAL_S:
@@ -449,7 +452,7 @@ def _route(encoded: Encoded, threshold: int, writers: dict[str, ShardWriter]) ->
 def _check_splits(plan: _Plan, splits: dict[str, SplitInfo], state: _State) -> None:
     """Raises DataError where a split has no document."""
     if not splits["train"].num_tokens and not splits["validation"].num_tokens:
-        raise _no_text(plan.source, 0)
+        raise _no_text(plan.source, state.total_documents)
     wants_validation = plan.validation is not None or plan.config.validation_fraction > 0
     for name in SPLITS if wants_validation else ("train",):
         if not splits[name].num_tokens:
