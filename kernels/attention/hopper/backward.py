@@ -1,0 +1,344 @@
+"""Backward attention for Hopper (sm_90a) in Gluon: dK and dV of one key block per CTA, dQ summed into an fp32
+buffer.
+
+    P = exp2(c·log2e·S - LSE₂),  dP = dO Vᵀ,  dS = P ∘ (dP - δ),  δ = rowsum(dO ∘ O)
+    dV = Pᵀ dO,  dK = c·dSᵀ Q,  dQ = c·dS K
+
+FlashAttention-2's algorithm 2 (arXiv 2307.08691). S and dP are computed transposed, [keys, queries]: then
+each thread holds Pᵀ and dSᵀ exactly where the tensor cores want the left operand of dV and dK, and only dS
+goes through shared memory, once, for dQ. A producer warp loads Q, dO and the statistics; another hands dQ
+tiles to the copy engine, which adds them to global memory. The factor c is applied once: to dK here, to dQ
+when its buffer is converted (elementwise.py).
+
+Layout: q, dO [B, H, Sq, D], k, v, dk, dv [B, Hk, Sk, D] through descriptors with the caller's strides (see
+tiles.py for varlen); statistics fp32 [rows, padded queries] and dQ sums fp32 [rows, padded queries, D], where
+dense rows are B·H and varlen rows are H with every sequence starting on a multiple of PAD. One CTA owns a key
+block of a kv head and walks through the queries of all its group's heads, so dK and dV have one writer and
+are bitwise repeatable. dQ is not: the order of the additions varies.
+"""
+
+# Triton's language has no starred lists (RUF005); partitions of one kernel unpack the same tuples (RUF059).
+# ruff: noqa: RUF005, RUF059
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.attention.hopper.compat import partition_barrier, tma_load, tma_reduce_add
+from kernels.attention.hopper.tiles import (
+    decode_tile,
+    load_tile,
+    padded_start,
+    sequence,
+    store_tile,
+    visible_queries,
+)
+
+
+@gluon.jit
+def scratch_coordinates(b, h, start_q, num_heads, VARLEN: gl.constexpr):
+    """(row, first column) of one head of one sequence in the statistics and in the dQ sums."""
+    if VARLEN:
+        return h, padded_start(start_q, b)
+    else:
+        return b * num_heads + h, 0
+
+
+@gluon.jit
+def backward_producer(
+    descs, bufs, bars, ptrs, sizes, window,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """One warp: loads K and V once, then Q with LSE and dO with delta for each query block of each head of
+    the group.
+    """
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
+    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _ = bufs
+    q_full, q_empty, do_full, do_empty, kv_full, _, _ = bars
+    sched, cu_q, cu_k = ptrs
+    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
+    wl, wr = window
+    t = gl.program_id(0)
+    if VARLEN:
+        num_tiles = gl.load(sched + 1) * num_heads_k
+    if t < num_tiles:
+        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
+        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
+        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
+        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
+        mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes)
+        load_tile(k_desc, kv_full.index(0), k_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
+        mbarrier.expect(kv_full.index(1), v_desc.block_type.nbytes)
+        load_tile(v_desc, kv_full.index(1), v_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
+        step = 0
+        for g in range(group):
+            h = hk * group + g
+            row, column = scratch_coordinates(b, h, start_q, num_heads_k * group, VARLEN)
+            for mb in range(lo, hi):
+                stage = step % STAGES
+                mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+                load_tile(q_desc, q_full.index(stage), q_buf.index(stage), b, h, mb * BM, start_q, Sq, VARLEN)
+                tma_load(lse_desc, [row, column + mb * BM], q_full.index(stage), lse_buf.index(stage))
+                stage = step % DO_STAGES
+                mbarrier.wait(do_empty.index(stage), ((step // DO_STAGES) & 1) ^ 1)
+                mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+                load_tile(do_desc, do_full.index(stage), do_buf.index(stage), b, h, mb * BM, start_q, Sq, VARLEN)
+                tma_load(delta_desc, [row, column + mb * BM], do_full.index(stage), delta_buf.index(stage))
+                step += 1
+
+
+@gluon.jit
+def backward_reducer(
+    descs, bufs, bars, ptrs, sizes, window,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
+    next.
+    """
+    dq_desc = descs[6]
+    dq_buf = bufs[7]
+    dq_full = bars[5]
+    dq_empty = bars[6]
+    sched, cu_q, cu_k = ptrs
+    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
+    wl, wr = window
+    t = gl.program_id(0)
+    if VARLEN:
+        num_tiles = gl.load(sched + 1) * num_heads_k
+    if t < num_tiles:
+        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
+        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
+        _, Sk = sequence(b, cu_k, Sk0, VARLEN)
+        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
+        step = 0
+        for g in range(group):
+            row, column = scratch_coordinates(b, hk * group + g, start_q, num_heads_k * group, VARLEN)
+            for mb in range(lo, hi):
+                mbarrier.wait(dq_full.index(0), step & 1)
+                tma_reduce_add(dq_desc, [(row * padded + column + mb * BM) // BM * (D // 4), 0], dq_buf)
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty.index(0), count=1)
+                step += 1
+
+
+@gluon.jit
+def unmasked_queries(n0, BN: gl.constexpr, Sq, Sk, wl, wr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Queries [begin, end) that see every key of block [n0, n0 + BN); none if the block runs past the last
+    key.
+    """
+    off = Sk - Sq
+    begin = 0
+    end = 2147483647
+    if RIGHT:
+        begin = n0 + BN - 1 - off - wr
+    if LEFT:
+        end = n0 - off + wl + 1
+    if n0 + BN > Sk:
+        end = -1
+    return begin, end
+
+
+@gluon.jit
+def masked_scores(
+    s,
+    delta_n,
+    keys,
+    wl,
+    wr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    TL: gl.constexpr,
+):
+    """Sᵀ [BN, BM] with -inf where query i of the block must not see key j: j - i > delta_n + wr, j - i <
+    delta_n - wl, j >= keys.
+
+    A thread's columns are i = 8 a + 2 lane + e. What depends on the row and the lane is one number per row
+    and thread, what depends on the register (a, e) is a constant in the comparison, so that the mask takes no
+    registers of its own.
+    """
+    s4 = s.reshape((BN, BM // 8, 4, 2))
+    L4: gl.constexpr = s4.type.layout
+    j = gl.arange(0, BN, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L4))))[:, None, None, None]
+    a = gl.arange(0, BM // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L4))))[None, :, None, None]
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L4))))[None, None, :, None]
+    e = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L4))))[None, None, None, :]
+    first = gl.where(j < keys, 0, BM) + 0 * lane
+    if RIGHT:
+        first = gl.where(j < keys, j - (delta_n + wr) - 2 * lane, BM)
+    keep = first <= 8 * a + e
+    if LEFT:
+        keep = keep & (j - (delta_n - wl) - 2 * lane >= 8 * a + e)
+    masked = gl.where(keep, s4, float("-inf")).reshape((BN, BM))
+    return gl.convert_layout(masked, TL, assert_trivial=True)
+
+
+@gluon.jit
+def in_register_order(dq, D: gl.constexpr):
+    """dQ [64, D] -> [D / 4, 256], each thread's values in runs of four: no bank conflict, and one address per
+    thread.
+
+    Row = (warp: 4, r: 2, lane: 8), column = (warpgroup: 2, k: D / 16, lane: 4, r: 2); r and k number a
+    thread's registers. The sums keep this order; elementwise.py turns it back.
+    """
+    bits = dq.reshape((4, 2, 8, 2, D // 16, 4, 2))
+    return bits.permute((4, 3, 0, 2, 5, 1, 6)).reshape((D // 4, 256))
+
+
+@gluon.jit
+def backward_consumer(
+    descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and a part of dQ.
+
+    Per query block: S, dP | P while dP runs | dV issued | dS and its store while dV runs | dQ, dK issued | dQ
+    to the reducer while dK runs.
+    """
+    dk_desc = descs[7]
+    dv_desc = descs[8]
+    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
+    q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty = bars
+    sched, cu_q, cu_k = ptrs
+    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
+    wl, wr = window
+    DTYPE: gl.constexpr = dk_desc.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 16])  # Sᵀ, dPᵀ [BN, BM]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [BN, D]
+    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
+    COL: gl.constexpr = gl.SliceLayout(0, TL)
+    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])  # dQ [BM, D], split by columns
+    t = gl.program_id(0)
+    if VARLEN:
+        num_tiles = gl.load(sched + 1) * num_heads_k
+    if t < num_tiles:
+        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
+        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
+        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
+        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
+        begin, end = unmasked_queries(nb * BN, BN, Sq, Sk, wl, wr, LEFT, RIGHT)
+        k = k_buf.reshape((BN, D))
+        v = v_buf.reshape((BN, D))
+        dk = gl.zeros((BN, D), gl.float32, KL)
+        dv = gl.zeros((BN, D), gl.float32, KL)
+        zero_t = gl.zeros((BN, BM), gl.float32, TL)
+        zero_q = gl.zeros((BM, D), gl.float32, QL)
+        mbarrier.wait(kv_full.index(0), 0)
+        mbarrier.wait(kv_full.index(1), 0)
+        step = 0
+        for _ in range(group):
+            for mb in range(lo, hi):
+                q_stage = step % STAGES
+                do_stage = step % DO_STAGES
+                q = q_buf.index(q_stage).reshape((BM, D))
+                do = do_buf.index(do_stage).reshape((BM, D))
+                mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
+                s = warpgroup_mma(k, q.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+                mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
+                dp = warpgroup_mma(v, do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                if (mb * BM < begin) | (mb * BM + BM > end):
+                    delta_n = mb * BM - nb * BN + Sk - Sq
+                    s = masked_scores(s, delta_n, Sk - nb * BN, wl, wr, BM, BN, LEFT, RIGHT, TL)
+                lse = lse_buf.index(q_stage).reshape((BM,)).load(COL)
+                p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
+                p_left = gl.convert_layout(p.to(DTYPE), AL)
+                dv_next = warpgroup_mma(p_left, do, dv, is_async=True)
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+                delta = delta_buf.index(do_stage).reshape((BM,)).load(COL)
+                ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+                ds_buf.permute((1, 0)).store(ds)
+                fence_async_shared()
+                partition_barrier()  # both warpgroups' halves of dS are there
+                dq = warpgroup_mma(ds_buf, k, zero_q, use_acc=False, is_async=True)
+                dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
+                dv = warpgroup_mma_wait(2, deps=(dv_next,))
+                mbarrier.arrive(do_empty.index(do_stage), count=1)
+                dq = warpgroup_mma_wait(1, deps=(dq,))
+                mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
+                dq_buf.store(in_register_order(dq, D))
+                fence_async_shared()
+                mbarrier.arrive(dq_full.index(0), count=1)
+                dk = warpgroup_mma_wait(0, deps=(dk_next,))
+                mbarrier.arrive(q_empty.index(q_stage), count=1)
+                step += 1
+        # K and V are dead: their buffers stage dK and dV.
+        v.store(dv.to(DTYPE))
+        k.store((dk * scale).to(DTYPE))
+        fence_async_shared()
+        partition_barrier()
+        store_tile(dv_desc, v_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
+        store_tile(dk_desc, k_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
+        tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded", "num_heads_k", "group", "batch_heads_k",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    q_desc, k_desc, v_desc, do_desc,  # tiles of BM (q, do) or BN (k, v) rows, [1, 1, rows, D] or [1, 1, 1, rows, D]
+    lse_desc, delta_desc,  # fp32 [rows, padded queries], tiles [1, BM]; LSE in log2 units, +inf where a row is dead
+    dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [D / 4, 256] of 64 queries; zero on entry
+    dk_desc, dv_desc,  # like k
+    sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
+    cu_q, cu_k,  # int32 [B + 1]; varlen only
+    wl, wr,  # window, used where LEFT, RIGHT
+    num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
+    scale_log2, scale,  # softmax scale times log2(e), and itself
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
+    DTYPE: gl.constexpr = q_desc.dtype
+    ONE: gl.constexpr = [1, 1, 1] if VARLEN else [1, 1]
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_buf = gl.allocate_shared_memory(DTYPE, [STAGES] + ONE + [BM, D], q_desc.layout)
+    do_buf = gl.allocate_shared_memory(DTYPE, [DO_STAGES] + ONE + [BM, D], do_desc.layout)
+    k_buf = gl.allocate_shared_memory(DTYPE, ONE + [BN, D], k_desc.layout)
+    v_buf = gl.allocate_shared_memory(DTYPE, ONE + [BN, D], v_desc.layout)
+    lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], lse_desc.layout)
+    delta_buf = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, BM], delta_desc.layout)
+    ds_buf = gl.allocate_shared_memory(DTYPE, [BM, BN], gl.NVMMASharedLayout.get_default_for([BM, BN], DTYPE))
+    dq_buf = gl.allocate_shared_memory(gl.float32, [D // 4, 256], dq_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BAR)
+    do_empty = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BAR)
+    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    dq_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(DO_STAGES):
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(do_empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(kv_full.index(i), count=1)
+    mbarrier.init(dq_full.index(0), count=1)
+    mbarrier.init(dq_empty.index(0), count=1)
+    fence_async_shared()
+    descs = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc)
+    bufs = (q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf)
+    bars = (q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty)
+    ptrs = (sched, cu_q, cu_k)
+    sizes = (num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k)
+    window = (wl, wr)
+    gl.warp_specialize([
+        (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
+                             VARLEN, LEFT, RIGHT)),
+        (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT)),
+        (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT)),
+    ], [1, 1], [24, 24])  # fmt: skip

@@ -1,0 +1,145 @@
+"""What scripts/compile_check.py compiles of the Hopper path: the configurations of tuning.py, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from kernels.attention.hopper import tuning
+from kernels.attention.hopper.backward import backward_kernel
+from kernels.attention.hopper.elementwise import backward_postprocess, backward_preprocess, list_tiles
+from kernels.attention.hopper.forward import forward_kernel
+from kernels.compile_check import CompileCase
+
+_DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
+_MASKS = {"full": (False, False), "causal": (False, True), "window": (True, True), "left": (True, False)}
+
+
+def source(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> ASTSource:
+    """What the JIT would compile for arguments of these types: 16-byte aligned pointers, nothing known of the
+    integers.
+    """
+    names = kernel.arg_names
+    missing = set(names) - set(types) - set(constants)
+    if missing or set(constants) - set(names):
+        raise ValueError(
+            f"{kernel.__name__}: no type or value for {missing}, no parameter {set(constants) - set(names)}"
+        )
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    return make(kernel, signature, dict(constants), aligned)
+
+
+def _tile(block: list[int], dtype: str, layout: gl.NVMMASharedLayout | None = None) -> str:
+    """Type of a descriptor with this block."""
+    layout = layout or gl.NVMMASharedLayout.get_default_for(block, _DTYPES[dtype])
+    return f"tensordesc<{dtype}{block},{layout!r}>"
+
+
+def _integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, varlen: bool) -> ASTSource:
+    """The forward kernel in one configuration."""
+    left, right = _MASKS[mask]
+    ones = [1, 1, 1] if varlen else [1, 1]
+    rows, keys = (_tile([*ones, n, width], dtype) for n in (64, tile.block_n))
+    types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "o_desc": rows}
+    types |= {"lse_ptr": "*fp32", "sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "scale_log2": "fp32"}
+    types |= _integers("wl", "wr", "num_m", "num_tiles", "section", "Sq", "Sk", "num_heads", "group", "batch_heads")
+    types |= _integers("lse_stride_b", "lse_stride_h")
+    constants = {
+        "BM": tile.block_m,
+        "BN": tile.block_n,
+        "D": width,
+        "STAGES": tile.stages,
+        "CONSUMER_REGS": tile.consumer_regs,
+        "VARLEN": varlen,
+        "LEFT": left,
+        "RIGHT": right,
+        "OWN_O": tile.own_o,
+        "PINGPONG": tile.pingpong,
+    }
+    return source(forward_kernel, types, constants | ({} if varlen else {"cu_q": None, "cu_k": None}))
+
+
+def backward_source(width: int, tile: tuning.BackwardTile, dtype: str, mask: str, varlen: bool) -> ASTSource:
+    """The backward kernel in one configuration."""
+    left, right = _MASKS[mask]
+    ones = [1, 1, 1] if varlen else [1, 1]
+    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
+    rows, keys = (_tile([*ones, n, width], dtype) for n in (block_m, block_n))
+    plain = gl.NVMMASharedLayout(0, 32, 2)
+    statistics = _tile([1, block_m], "fp32", plain)
+    types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
+    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": _tile([width // 4, 256], "fp32", plain)}
+    types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "scale_log2": "fp32", "scale": "fp32"}
+    types |= _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
+    types |= _integers("num_heads_k", "group", "batch_heads_k")
+    constants = {
+        "BM": block_m,
+        "BN": block_n,
+        "D": width,
+        "STAGES": tile.stages,
+        "DO_STAGES": tile.do_stages,
+        "VARLEN": varlen,
+        "LEFT": left,
+        "RIGHT": right,
+    }
+    absent = {} if varlen else {"sched": None, "cu_q": None, "cu_k": None}
+    return source(backward_kernel, types, constants | absent)
+
+
+def elementwise_source(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> ASTSource:
+    """One of the small kernels, with varlen's arguments."""
+    pointers = {"lse": "*fp32", "dlse": "*fp32", "lse_log2": "*fp32", "delta": "*fp32", "sums": "*fp32"}
+    pointers |= {"out": f"*{dtype}", "dout": f"*{dtype}", "dq": f"*{dtype}", "cu_q": "*i32"}
+    pointers |= {"sched": "*i32", "cu_seqlens": "*i32", "scale": "fp32"}
+    types = {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    return source(kernel, types, constants)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every configuration of tuning.py, each mask, dense and varlen; fp16 where only the conversions differ:
+    once per width.
+    """
+    cases = []
+    for width, tile in tuning.FORWARD.items():
+        for dtype, mask, varlen in _combinations():
+            name = f"hopper.forward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
+            make = _bind(forward_source, width, tile, dtype, mask, varlen)
+            cases.append(CompileCase(name, make, 4, quick=_quick(width, mask, varlen, dtype)))
+    for width, backward_tile in tuning.BACKWARD.items():
+        for dtype, mask, varlen in _combinations():
+            name = f"hopper.backward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
+            make = _bind(backward_source, width, backward_tile, dtype, mask, varlen)
+            cases.append(CompileCase(name, make, 8, quick=_quick(width, mask, varlen, dtype)))
+    common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True}
+    small: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),
+        "preprocess": (backward_preprocess, {**common, "BLOCK": 64, "HAS_DLSE": True}, 8),
+        "postprocess": (backward_postprocess, common, 4),
+    }
+    for name, (kernel, constants, num_warps) in small.items():
+        cases.append(CompileCase(f"hopper.{name}", _bind(elementwise_source, kernel, "bf16", constants), num_warps))
+    return cases
+
+
+def _combinations() -> list[tuple[str, str, bool]]:
+    masks = [("full", False), ("full", True), ("causal", False), ("causal", True)]
+    masks += [("window", False), ("window", True), ("left", False)]
+    return [("bf16", mask, varlen) for mask, varlen in masks] + [("fp16", "causal", False)]
+
+
+def _quick(width: int, mask: str, varlen: bool, dtype: str) -> bool:
+    return width == 128 and dtype == "bf16" and (mask, varlen) in {("causal", False), ("window", True)}
+
+
+def _bind(make: Any, *args: Any) -> Any:
+    return lambda: make(*args)

@@ -1,0 +1,46 @@
+"""Gluon under triton 3.6 to 3.9: the names that moved, and the two instructions Gluon does not wrap
+everywhere.
+
+Everything version-dependent of the Hopper path is in this file. Device code; imports triton, not torch.
+"""
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# Renamed in 3.8; the old names raise in 3.9.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+# Barrier over the warps of the current partition. Renamed in 3.7.
+partition_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@builtin
+def _tma_reduce_add(desc, coord, src, _semantic=None):
+    """Bulk tensor add of a shared tile to global memory: the builder has it in 3.6, a wrapper came in 3.8."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, src.handle)
+
+
+tma_reduce_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_reduce_add
+
+
+# Raw named barriers. Triton owns id 0, id 1 and one id per worker partition; ours start at 8. They are
+# invisible to Triton's analyses, so they must stand in control flow that every thread of the partition takes.
+@gluon.jit
+def named_barrier_sync(ID: gl.constexpr, THREADS: gl.constexpr):
+    """Arrive at barrier ``ID`` and wait until ``THREADS`` threads have arrived."""
+    gl.inline_asm_elementwise(
+        f"bar.sync {ID}, {THREADS}; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
+    """Arrive at barrier ``ID`` without waiting."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive {ID}, {THREADS}; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )

@@ -1,0 +1,126 @@
+"""The small kernels around the Hopper kernels: lists of tiles for varlen, and what precedes and follows the
+backward.
+
+Plain Triton. Layouts as in backward.py: statistics fp32 [rows, padded], dQ sums fp32 [rows, padded, D] in
+tiles of 64 queries whose elements lie in register order; dense rows are B·H, varlen rows are H.
+"""
+
+import triton
+import triton.language as tl
+
+PAD = tl.constexpr(128)  # as in tiles.py
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def list_tiles(
+    sched,  # int32 [2 + 2 * upper bound of tiles]: 0, number of tiles, then (sequence, block) of each
+    cu_seqlens,  # int32 [B + 1]
+    num_seqs,
+    BLOCK: tl.constexpr,
+    DESCENDING: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Tiles of BLOCK rows of every sequence, longest sequences first. One program per sequence finds the
+    place of its tiles.
+    """
+    b = tl.program_id(0)
+    length = tl.load(cu_seqlens + b + 1) - tl.load(cu_seqlens + b)
+    first = 0
+    total = 0
+    for i0 in range(0, num_seqs, CHUNK):
+        i = i0 + tl.arange(0, CHUNK)
+        valid = i < num_seqs
+        other = tl.load(cu_seqlens + i + 1, valid, 0) - tl.load(cu_seqlens + i, valid, 0)
+        tiles = tl.cdiv(other, BLOCK)
+        total += tl.sum(tiles)
+        first += tl.sum(tl.where((other > length) | ((other == length) & (i < b)), tiles, 0))
+    mine = tl.cdiv(length, BLOCK)
+    for t0 in range(0, mine, CHUNK):
+        t = t0 + tl.arange(0, CHUNK)
+        block = mine - 1 - t if DESCENDING else t
+        tl.store(sched + 2 + 2 * (first + t), b, t < mine)
+        tl.store(sched + 3 + 2 * (first + t), block, t < mine)
+    if b == 0:
+        tl.store(sched, 0)
+        tl.store(sched + 1, total)
+
+
+@triton.jit
+def _locate(bh, num_heads, cu_q, seqlen_q, VARLEN: tl.constexpr):
+    """(sequence, head, first row, rows, scratch row, first scratch column) of a (sequence, head) pair."""
+    b = bh // num_heads
+    h = bh % num_heads
+    if VARLEN:
+        start = tl.load(cu_q + b)
+        return b, h, start, tl.load(cu_q + b + 1) - start, h, (start + b * PAD) // PAD * PAD
+    else:
+        return b, h, 0, seqlen_q, bh, 0
+
+
+@triton.jit
+def backward_preprocess(
+    out, dout,  # [B, Sq, H, D] or [total, H, D]
+    lse, dlse,  # fp32, natural log, [B, H, Sq] or [H, total], and its gradient or None
+    lse_log2, delta, sums,  # scratch: see the module docstring
+    cu_q,  # int32 [B + 1]; varlen only
+    stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh, stride_lb, stride_lh, stride_gb, stride_gh,
+    seqlen_q, padded, num_heads, num_blocks,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums, for BLOCK queries.
+
+    The derivative of LSE with respect to S is P, so its gradient enters dS = P ∘ (dP - delta) through delta.
+    Rows that saw no key, and padding rows, get LSE = +inf: their P is 0.
+    """
+    pid = tl.program_id(0)
+    bh = pid // num_blocks
+    m0 = (pid % num_blocks) * BLOCK
+    b, h, start, length, row, column = _locate(bh, num_heads, cu_q, seqlen_q, VARLEN)
+    if m0 < length:
+        m = m0 + tl.arange(0, BLOCK)
+        d = tl.arange(0, D)
+        valid = m < length
+        mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+        b64 = b.to(tl.int64)
+        h64 = h.to(tl.int64)
+        rows = (start + m).to(tl.int64)
+        o = tl.load(out + b64 * stride_ob + h64 * stride_oh + rows[:, None] * stride_os + d[None, :], mask, 0.0)
+        do = tl.load(dout + b64 * stride_db + h64 * stride_dh + rows[:, None] * stride_ds + d[None, :], mask, 0.0)
+        total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        if HAS_DLSE:
+            total -= tl.load(dlse + b64 * stride_gb + h64 * stride_gh + rows, valid, 0.0)
+        value = tl.load(lse + b64 * stride_lb + h64 * stride_lh + rows, valid, float("-inf"))
+        value = tl.where(value == float("-inf"), float("inf"), value * LOG2E)
+        place = row.to(tl.int64) * padded + column + m
+        tl.store(lse_log2 + place, value)
+        tl.store(delta + place, total)
+        zero = tl.zeros((BLOCK * D,), tl.float32)
+        base = (row.to(tl.int64) * padded + column + m0) * D
+        tl.store(sums + base + tl.arange(0, BLOCK * D), zero)
+
+
+@triton.jit
+def backward_postprocess(
+    sums, dq, cu_q,
+    stride_qb, stride_qs, stride_qh,
+    seqlen_q, padded, num_heads, num_blocks,
+    scale,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """dQ = scale * sums, out of register order, for 64 queries."""
+    pid = tl.program_id(0)
+    bh = pid // num_blocks
+    m0 = (pid % num_blocks) * 64
+    b, h, start, length, row, column = _locate(bh, num_heads, cu_q, seqlen_q, VARLEN)
+    if m0 < length:
+        base = (row.to(tl.int64) * padded + column + m0) * D
+        x = tl.load(sums + base + tl.arange(0, 64 * D)) * scale
+        x = tl.reshape(x, (D // 16, 2, 4, 8, 4, 2, 2))  # k, warpgroup, warp, lane row, lane column, r row, r column
+        x = tl.reshape(tl.permute(x, (2, 5, 3, 1, 0, 4, 6)), (64, D))
+        m = m0 + tl.arange(0, 64)
+        d = tl.arange(0, D)
+        rows = (start + m).to(tl.int64)
+        place = b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs + d[None, :]
+        mask = (m < length)[:, None] & (d < HEAD_DIM)[None, :]
+        tl.store(dq + place, x.to(dq.dtype.element_ty), mask)

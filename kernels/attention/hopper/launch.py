@@ -1,0 +1,339 @@
+"""Launchers of the Hopper path: from tensors and scalars to descriptors, scratch memory and grids.
+
+No host synchronisation anywhere; every size that lives on the device (varlen) enters as an upper bound. All
+of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.attention.dispatch import AttnExtras, AttnParams
+from kernels.attention.hopper import tuning
+from kernels.attention.hopper.backward import backward_kernel
+from kernels.attention.hopper.elementwise import backward_postprocess, backward_preprocess, list_tiles
+from kernels.attention.hopper.forward import forward_kernel
+
+RAGGED_ROWS = 2**30
+RAGGED_STRIDE = 2**34
+MAX_DIM = 0x7FFF0000
+PAD = 128
+LOG2E = math.log2(math.e)
+_GL_DTYPE = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The sizes of one attention call."""
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_heads_k: int
+    head_dim: int
+    width: int
+    """Head dim padded to the tile's."""
+    total_q: int
+    """Varlen: rows of q. Dense: Sq."""
+    total_k: int
+    varlen: bool
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, params: AttnParams, extras: AttnExtras) -> Call:
+        cu = extras.cu_seqlens_q
+        return Call(
+            batch=q.shape[0] if cu is None else cu.shape[0] - 1,
+            seqlen_q=params.max_seqlen_q,
+            seqlen_k=params.max_seqlen_k,
+            num_heads=q.shape[-2],
+            num_heads_k=k.shape[-2],
+            head_dim=q.shape[-1],
+            width=tuning.padded_head_dim(q.shape[-1]),
+            total_q=q.shape[-3],
+            total_k=k.shape[-3],
+            varlen=cu is not None,
+        )
+
+    def tiles(self, side: str, block: int) -> int:
+        """Number of blocks of all sequences of q or k; an upper bound for varlen."""
+        longest, total = (self.seqlen_q, self.total_q) if side == "q" else (self.seqlen_k, self.total_k)
+        if self.varlen:
+            return min(total // block + self.batch, self.batch * triton.cdiv(longest, block))
+        return self.batch * triton.cdiv(longest, block)
+
+    @property
+    def padded(self) -> int:
+        """Scratch columns: queries of a dense row, or of all sequences each on a multiple of PAD."""
+        return (self.total_q // PAD + self.batch) * PAD if self.varlen else triton.cdiv(self.seqlen_q, PAD) * PAD
+
+    @property
+    def scratch_rows(self) -> int:
+        return self.num_heads if self.varlen else self.batch * self.num_heads
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _GL_DTYPE[dtype])
+
+
+def describe_tensor(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
+    """The descriptor of a (B, S, H, D) or (total, H, D) tensor, whatever its strides, in blocks of ``rows`` x
+    ``width``.
+
+    See tiles.py for how a varlen tensor gets five dimensions. Strides of dimensions of size 1 mean nothing
+    and may be anything in torch, but must be valid here.
+    """
+    head_dim = tensor.shape[-1]
+    stride_s, stride_h = (_stride(tensor, dim) for dim in (-3, -2))
+    if varlen:
+        shape = [MAX_DIM, MAX_DIM, tensor.shape[1], RAGGED_ROWS, head_dim]
+        strides = [RAGGED_STRIDE - stride_s, stride_s, stride_h, stride_s, 1]
+        block = (1, 1, 1, rows, width)
+    else:
+        shape = [tensor.shape[0], tensor.shape[2], tensor.shape[1], head_dim]
+        strides = [_stride(tensor, 0), stride_h, stride_s, 1]
+        block = (1, 1, rows, width)
+    return TensorDescriptor(tensor, shape, strides, list(block), _shared_layout(block, tensor.dtype))
+
+
+def _stride(tensor: Tensor, dim: int) -> int:
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else max(tensor.shape[-1], 8) // 8 * 8
+
+
+def addressable(tensor: Tensor) -> bool:
+    """Whether the copy engine can address ``tensor``: 16-byte base and strides, none of them 0."""
+    size = tensor.element_size()
+    strides = [s * size for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
+    unit = tensor.stride(-1) == 1
+    return unit and tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _tile_counter(device: torch.device) -> Tensor:
+    """An int32 zero that the forward kernel leaves at zero: one per stream, since launches on a stream do not
+    overlap.
+
+    A captured launch may be replayed on any stream, so it gets a counter of its own, cleared by a node of its
+    graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def _tile_list(cu_seqlens: Tensor, batch: int, block: int, bound: int, descending: bool) -> Tensor:
+    """Counter, number of tiles and list of tiles for varlen (see list_tiles)."""
+    sched = torch.empty(2 + 2 * bound, dtype=torch.int32, device=cu_seqlens.device)
+    list_tiles[(batch,)](sched, cu_seqlens, batch, BLOCK=block, DESCENDING=descending, CHUNK=1024, num_warps=4)
+    return sched
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras
+) -> None:
+    """Fill ``out`` (as q) and ``lse`` (fp32, natural log)."""
+    call = Call.of(q, k, params, extras)
+    tile = tuning.FORWARD[call.width]
+    q, k, v = (t if addressable(t) else t.contiguous() for t in (q, k, v))
+    bound = call.tiles("q", tile.block_m)
+    num_tiles = bound * call.num_heads
+    if num_tiles == 0:
+        return
+    group = call.num_heads // call.num_heads_k
+    right = params.window_right >= 0
+    with torch.cuda.device(q.device):
+        if call.varlen:
+            assert extras.cu_seqlens_q is not None
+            sched = _tile_list(extras.cu_seqlens_q, call.batch, tile.block_m, bound, descending=right)
+        else:
+            sched = _tile_counter(q.device)
+        forward_kernel[(min(_num_sms(q.device), num_tiles),)](
+            q_desc=describe_tensor(q, 64, call.width, call.varlen),
+            k_desc=describe_tensor(k, tile.block_n, call.width, call.varlen),
+            v_desc=describe_tensor(v, tile.block_n, call.width, call.varlen),
+            o_desc=describe_tensor(out, 64, call.width, call.varlen),
+            lse_ptr=lse,
+            sched=sched,
+            cu_q=extras.cu_seqlens_q,
+            cu_k=extras.cu_seqlens_k,
+            wl=params.window_left,
+            wr=params.window_right,
+            num_m=triton.cdiv(call.seqlen_q, tile.block_m),
+            num_tiles=num_tiles,
+            section=tuning.section_heads(4 * call.seqlen_k * call.width // group, call.batch * call.num_heads, group),
+            Sq=call.seqlen_q,
+            Sk=call.seqlen_k,
+            num_heads=call.num_heads,
+            group=group,
+            batch_heads=call.batch * call.num_heads,
+            lse_stride_b=0 if call.varlen else lse.stride(0),
+            lse_stride_h=lse.stride(-2),
+            scale_log2=params.softmax_scale * LOG2E,
+            BM=tile.block_m,
+            BN=tile.block_n,
+            D=call.width,
+            STAGES=tile.stages,
+            CONSUMER_REGS=tile.consumer_regs,
+            VARLEN=call.varlen,
+            LEFT=params.window_left >= 0,
+            RIGHT=right,
+            OWN_O=tile.own_o,
+            PINGPONG=tile.pingpong,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Device memory of one backward call, fp32: linear in the number of queries."""
+
+    lse_log2: Tensor
+    """[rows, padded]"""
+    delta: Tensor
+    """[rows, padded]"""
+    sums: Tensor
+    """dQ sums [rows * padded * width / 256, 256], tiles in register order."""
+
+    @staticmethod
+    def of(call: Call, device: torch.device) -> Scratch:
+        rows, padded = call.scratch_rows, call.padded
+        statistics = torch.empty((2, rows, padded), dtype=torch.float32, device=device)
+        sums = torch.empty((rows * padded * call.width // 256, 256), dtype=torch.float32, device=device)
+        return Scratch(statistics[0], statistics[1], sums)
+
+    def describe(self, width: int) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+        """Descriptors of the three, unswizzled: the tiles are read row by row."""
+        plain = gl.NVMMASharedLayout(0, 32, 2)
+        lse, delta = (
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, tuning.BLOCK_M_BACKWARD], plain)
+            for t in (self.lse_log2, self.delta)
+        )
+        return lse, delta, TensorDescriptor(self.sums, list(self.sums.shape), [256, 1], [width // 4, 256], plain)
+
+
+def launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+    dq: Tensor | None, dk: Tensor, dv: Tensor, params: AttnParams, extras: AttnExtras,
+) -> None:  # fmt: skip
+    """Fill ``dk``, ``dv`` and, if given, ``dq``. ``dk`` and ``dv`` must be addressable by the copy engine."""
+    call = Call.of(q, k, params, extras)
+    dout, q, k, v = (t if addressable(t) else t.contiguous() for t in (dout, q, k, v))
+    if call.batch == 0:
+        return
+    with torch.cuda.device(q.device):
+        scratch = Scratch.of(call, q.device)
+        _preprocess(call, dout, out, lse, dlse, scratch, extras)
+        _dkdv(call, dout, q, k, v, dk, dv, scratch, params, extras)
+        if dq is not None:
+            _postprocess(call, scratch, dq, params.softmax_scale, extras)
+
+
+def _strides(tensor: Tensor, varlen: bool) -> tuple[int, int, int]:
+    """(batch, sequence, head) strides; batch stride 0 for varlen."""
+    return (0, tensor.stride(0), tensor.stride(1)) if varlen else (tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def _preprocess(
+    call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scratch: Scratch, extras: AttnExtras
+) -> None:
+    block = 64
+    num_blocks = triton.cdiv(call.seqlen_q, PAD) * (PAD // block)  # padding rows too
+    programs = num_blocks * call.batch * call.num_heads
+    if programs == 0:
+        return
+    none = (0, 0)
+    stride_g = none if dlse is None else (0, dlse.stride(0)) if call.varlen else (dlse.stride(0), dlse.stride(1))
+    stride_l = (0, lse.stride(0)) if call.varlen else (lse.stride(0), lse.stride(1))
+    strides = (*_strides(out, call.varlen), *_strides(dout, call.varlen), *stride_l, *stride_g)
+    backward_preprocess[(programs,)](
+        out, dout, lse, dlse, scratch.lse_log2, scratch.delta, scratch.sums, extras.cu_seqlens_q,
+        *strides, call.seqlen_q, call.padded, call.num_heads, num_blocks,
+        HEAD_DIM=call.head_dim, D=call.width, BLOCK=block, VARLEN=call.varlen, HAS_DLSE=dlse is not None, num_warps=8,
+    )  # fmt: skip
+
+
+def _dkdv(
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor,
+    scratch: Scratch, params: AttnParams, extras: AttnExtras,
+) -> None:  # fmt: skip
+    tile = tuning.BACKWARD[call.width]
+    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
+    bound = call.tiles("k", block_n)
+    num_tiles = bound * call.num_heads_k
+    if num_tiles == 0:
+        return
+    sched = None
+    if call.varlen:
+        assert extras.cu_seqlens_k is not None
+        sched = _tile_list(extras.cu_seqlens_k, call.batch, block_n, bound, descending=False)
+    lse_desc, delta_desc, dq_desc = scratch.describe(call.width)
+    group = call.num_heads // call.num_heads_k
+    backward_kernel[(num_tiles,)](
+        q_desc=describe_tensor(q, block_m, call.width, call.varlen),
+        k_desc=describe_tensor(k, block_n, call.width, call.varlen),
+        v_desc=describe_tensor(v, block_n, call.width, call.varlen),
+        do_desc=describe_tensor(dout, block_m, call.width, call.varlen),
+        lse_desc=lse_desc,
+        delta_desc=delta_desc,
+        dq_desc=dq_desc,
+        dk_desc=describe_tensor(dk, block_n, call.width, call.varlen),
+        dv_desc=describe_tensor(dv, block_n, call.width, call.varlen),
+        sched=sched,
+        cu_q=extras.cu_seqlens_q,
+        cu_k=extras.cu_seqlens_k,
+        wl=params.window_left,
+        wr=params.window_right,
+        num_n=triton.cdiv(call.seqlen_k, block_n),
+        num_tiles=num_tiles,
+        section=tuning.section_heads(8 * call.seqlen_q * call.width * group, call.batch * call.num_heads_k),
+        Sq=call.seqlen_q,
+        Sk=call.seqlen_k,
+        padded=call.padded,
+        num_heads_k=call.num_heads_k,
+        group=group,
+        batch_heads_k=call.batch * call.num_heads_k,
+        scale_log2=params.softmax_scale * LOG2E,
+        scale=params.softmax_scale,
+        BM=block_m,
+        BN=block_n,
+        D=call.width,
+        STAGES=tile.stages,
+        DO_STAGES=tile.do_stages,
+        VARLEN=call.varlen,
+        LEFT=params.window_left >= 0,
+        RIGHT=params.window_right >= 0,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+
+
+def _postprocess(call: Call, scratch: Scratch, dq: Tensor, scale: float, extras: AttnExtras) -> None:
+    num_blocks = triton.cdiv(call.seqlen_q, 64)
+    programs = num_blocks * call.batch * call.num_heads
+    if programs == 0:
+        return
+    backward_postprocess[(programs,)](
+        scratch.sums, dq, extras.cu_seqlens_q, *_strides(dq, call.varlen),
+        call.seqlen_q, call.padded, call.num_heads, num_blocks, scale,
+        HEAD_DIM=call.head_dim, D=call.width, VARLEN=call.varlen, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,69 @@
+"""Tile sizes of the Hopper path: pure functions of the problem, no autotuning.
+
+Each choice is one that compiles without a spill or a serialised product (docs/kernel_log.md has the
+runners-up).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTile:
+    """Launch configuration of the forward kernel."""
+
+    block_m: int
+    """Query rows per tile: 64 per consumer warpgroup, 2 or 3 of them."""
+    block_n: int
+    """Keys per block."""
+    stages: int
+    """Depth of the K and V rings."""
+    consumer_regs: int
+    """Registers per consumer thread; 240 with two warpgroups, 160 with three."""
+    own_o: bool
+    """O has its own shared memory, so that the next tile's Q can be loaded during the epilogue."""
+    pingpong: bool
+    """Warpgroups take turns on the tensor cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardTile:
+    """Launch configuration of the backward kernel (64 queries x 128 keys)."""
+
+    stages: int
+    """Depth of the Q ring."""
+    do_stages: int
+    """Depth of the dO ring."""
+
+
+BLOCK_M_BACKWARD = 64
+BLOCK_N_BACKWARD = 128
+
+FORWARD: dict[int, ForwardTile] = {
+    64: ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True),
+    128: ForwardTile(block_m=128, block_n=128, stages=2, consumer_regs=240, own_o=True, pingpong=True),
+    # K and V blocks of 64: two stages of 128 would need 320 KB. O lies in Q's buffer, its own would not fit.
+    256: ForwardTile(block_m=128, block_n=64, stages=2, consumer_regs=240, own_o=False, pingpong=True),
+}
+"""Padded head dim -> forward tile."""
+
+BACKWARD: dict[int, BackwardTile] = {
+    64: BackwardTile(stages=2, do_stages=2),
+    128: BackwardTile(stages=2, do_stages=2),
+}
+"""Padded head dim -> backward tile."""
+
+L2_BUDGET_BYTES = 32 * 2**20
+"""What the tensors of one section of heads may take of the 50 MB of L2 (H100)."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a tile: the copy engine fills the columns past ``head_dim`` with zeros."""
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+
+
+def section_heads(bytes_per_head: int, num_heads: int, multiple: int = 1) -> int:
+    """How many heads to walk through side by side, so that what they re-read stays in L2: a multiple of
+    ``multiple``.
+    """
+    groups = max(1, L2_BUDGET_BYTES // max(1, bytes_per_head * multiple))
+    return min(num_heads, groups * multiple)
