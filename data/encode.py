@@ -80,13 +80,20 @@ def _limited(reader: Reader, max_documents: int | None) -> Iterator[str]:
                 return
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Encoder:
     """A pool of worker processes; a context manager, because it has to end them."""
 
     def __init__(self, tokenizer: Path, info: TokenizerInfo, dtype: str, max_tokens: int, num_workers: int) -> None:
         """`num_workers` 0 stands for one a core that this process may use."""
         self.dtype = dtype
-        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self.num_workers = num_workers or available_cores()
         self._stack = contextlib.ExitStack()
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._arguments = [str(tokenizer), str(info.eos_id), dtype, str(max_tokens)]

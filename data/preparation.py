@@ -169,14 +169,9 @@ def open_prepared(folder: Path, verify: bool = False) -> PreparedData:
 
 def prepare_tokenizer(config: DataConfig, progress: ProgressCallback | None = None) -> Path:
     """The file of the tokenizer that `config` describes, trained or fetched now if it is not in the cache yet."""
-    report = progress or _ignore
     plan = _plan(config)
-    path = plan.cache / "tokenizers" / plan.tokenizer_key / TOKENIZER
-    if not path.is_file():
-        with _disk_errors(plan.cache), _locked(path.parent.with_suffix(".lock"), report):
-            if not path.is_file():
-                _make_tokenizer(plan, path, report)
-    return path
+    with _disk_errors(plan.cache):
+        return _tokenizer(plan, progress or _ignore)
 
 
 def load_tokenizer(prepared: PreparedData) -> Tokenizer:
@@ -248,6 +243,15 @@ def _disk_errors(cache: Path) -> Iterator[None]:
 
 
 # Tokenizer
+
+
+def _tokenizer(plan: _Plan, report: ProgressCallback) -> Path:
+    path = plan.cache / "tokenizers" / plan.tokenizer_key / TOKENIZER
+    if not path.is_file():
+        with _locked(path.parent.with_suffix(".lock"), report):
+            if not path.is_file():  # another process may have made it while this one waited
+                _make_tokenizer(plan, path, report)
+    return path
 
 
 def _make_tokenizer(plan: _Plan, path: Path, report: ProgressCallback) -> None:
@@ -349,7 +353,7 @@ def _build(plan: _Plan, folder: Path, report: ProgressCallback) -> None:
     if folder.exists():
         raise damaged(folder / MANIFEST, "missing")
     partial = folder.with_name(f"{folder.name}.partial")
-    tokenizer_path = prepare_tokenizer(plan.config, report)
+    tokenizer_path = _tokenizer(plan, report)
     info = _open_tokenizer(tokenizer_path)
     state = _load_state(partial, info)
     if state is None:
