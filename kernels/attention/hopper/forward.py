@@ -13,7 +13,7 @@ for varlen); bf16 or fp16 in and out, fp32 accumulation and statistics. LSE (nat
 total]. c > 0.
 """
 
-# Triton's language has no starred lists (RUF005), and a test of a constant must not be joined to a run-time one (SIM102).
+# Triton has no starred lists (RUF005), and a test of a constant must not be joined to a run-time one (SIM102).
 # ruff: noqa: RUF005, SIM102
 
 from triton.experimental import gluon
@@ -49,10 +49,8 @@ def pack16(p, BN: gl.constexpr, DTYPE: gl.constexpr):
     tensor of 16-bit floats, triton unpacks and packs it again (64 PRMT instructions an iteration).
     """
     even, odd = gl.split(p.reshape((64, BN // 2, 2)))
-    if gl.bfloat16 == DTYPE:
-        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    else:
-        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    IS_BF16: gl.constexpr = DTYPE == gl.bfloat16  # noqa: SIM300
+    asm: gl.constexpr = ("cvt.rn.bf16x2.f32" if IS_BF16 else "cvt.rn.f16x2.f32") + " $0, $2, $1;"
     return gl.inline_asm_elementwise(asm, "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
 
 

@@ -94,6 +94,7 @@ def describe_tensor(tensor: Tensor, rows: int, width: int, varlen: bool) -> Tens
     """
     head_dim = tensor.shape[-1]
     stride_s, stride_h = (_stride(tensor, dim) for dim in (-3, -2))
+    block: tuple[int, ...]
     if varlen:
         shape = [MAX_DIM, MAX_DIM, tensor.shape[1], RAGGED_ROWS, head_dim]
         strides = [RAGGED_STRIDE - stride_s, stride_s, stride_h, stride_s, 1]
