@@ -8,6 +8,8 @@ mean in the shell.
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +37,9 @@ Config = TypeVar("Config", bound=schema.RunConfig)
 def register() -> None:
     """Put the schema where Hydra finds it. May be called any number of times."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
+    OmegaConf.register_new_resolver("first", lambda *values: next(v for v in values if v is not None), replace=True)
     store = ConfigStore.instance()
     for name, node in SECTIONS.items():
         store.store(name=f"{name}_schema", node=node)
@@ -85,6 +89,15 @@ def strip_launcher_flags(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def overrides_last(argv: Sequence[str]) -> list[str]:
+    """Flags first: Hydra's parser takes overrides on one side of them only."""
+
+    def is_override(argument: str) -> bool:
+        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+    return sorted(argv, key=is_override)  # stable: the order within each kind stays
+
+
 def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     """Run `task(config)` for this process's command line and exit with what it returns.
 
@@ -101,7 +114,7 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     register()
     want_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
-    sys.argv[1:] = strip_launcher_flags(sys.argv[1:])
+    sys.argv[1:] = overrides_last(strip_launcher_flags(sys.argv[1:]))
     codes: list[int] = []
     composed_well: list[bool] = []  # from there on an error is the task's own
 
@@ -109,7 +122,8 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     def entry(composed: DictConfig) -> None:
         config = cast(Config, to_dataclass(composed, config_name))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            name_sweep_job(config, list(HydraConfig.get().overrides.task), HydraConfig.get().job.num)
+            codes.append(run_sweep_job(config, list(HydraConfig.get().overrides.task), HydraConfig.get().job.num))
+            return
         composed_well.append(True)
         try:
             codes.append(task(config))
@@ -131,11 +145,37 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     sys.exit(max(codes, default=0))
 
 
-def name_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: int) -> None:
-    """Give a job of a sweep its own run folder: `<folder>/<number>_<overrides>`."""
-    label = ",".join(o for o in overrides if o.split("=")[0] not in ("run_dir", "name", "experiment"))
-    label = "".join(c if c.isalnum() or c in "=.,_-" else "-" for c in label)[:120]
-    config.run_dir = str(Path(config.run_dir or f"runs/{config.name}") / f"{number}_{label}")
+def run_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: int) -> int:
+    """Run a job of a sweep in a fresh process, in a run folder of its own; returns its exit code.
+
+    A process of its own, since a job leaves device memory, process groups and compiled code behind. Raises `UserError`
+    under a launcher of several processes, whose rendezvous serves one job only.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--multirun runs under one process; for several, call torchrun once for each setting.")
+    place = sweep_folder(config, sys.argv[1:], overrides, number)
+    kept = [override for override in overrides if not override.startswith("run_dir=")]
+    return subprocess.run([sys.executable, sys.argv[0], *kept, override("run_dir", place)], check=False).returncode
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` for a command line, in Hydra's quotes if the value has characters that its grammar reads."""
+    text = str(value)
+    if re.fullmatch(r"[\w./:+-]+", text):
+        return f"{key}={text}"
+    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
+    return f"{key}='{escaped}'"
+
+
+def sweep_folder(config: schema.RunConfig, argv: Sequence[str], overrides: Sequence[str], number: int) -> Path:
+    """`<run folder>/<number>_<what this job has of the swept keys>`; `argv` is the command line of the sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = OverridesParser.create().parse_overrides([a for a in argv if "=" in a and not a.startswith("-")])
+    swept = {o.key_or_group for o in given if o.is_sweep_override()}
+    label = "_".join(o for o in overrides if o.split("=")[0].lstrip("+") in swept)
+    label = re.sub(r"[^\w.]+", "-", label)[:120]  # nothing that the shell or Hydra would read
+    return Path(config.run_dir or f"runs/{config.name}") / f"{number}_{label}"
 
 
 def say(error: UserError) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
+from configs import override
 from configs.schema import RunConfig
 from training import metrics as m
 from training.checkpoint import candidates
@@ -64,7 +66,11 @@ def headline(config: RunConfig, state: TrainState, steps_done: int, seconds: flo
 def next_steps(config: RunConfig, folder: RunFolder, stopped: bool) -> Sequence[tuple[str, str]]:
     """(what it does, command) pairs."""
     place = short_path(folder.path)
-    this = "python train.py" if place == "runs/quickstart" else f"python train.py run_dir={place}"
+    this = (
+        "python train.py"
+        if place == "runs/quickstart"
+        else f"python train.py {shlex.quote(override('run_dir', place))}"
+    )
     if stopped:
         return [("go on", "the same command again")]
     return [

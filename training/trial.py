@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs import override
 from configs.errors import OUT_OF_MEMORY_EXIT_CODE, UserError
 from training import metrics as m
 
@@ -71,7 +72,14 @@ def run_trial(
     launcher = [sys.executable]
     if world_size > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command = [*launcher, str(ROOT / "train.py"), *overrides, *QUIET, f"train.steps={steps}", f"run_dir={run_dir}"]
+    command = [
+        *launcher,
+        str(ROOT / "train.py"),
+        *overrides,
+        *QUIET,
+        f"train.steps={steps}",
+        override("run_dir", run_dir),
+    ]
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(run_dir / "output.txt", "w") as output:

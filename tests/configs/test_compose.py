@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import compose, name_sweep_job, schema, strip_launcher_flags
+from configs import compose, override, overrides_last, schema, strip_launcher_flags, sweep_folder
 from configs.errors import UserError
 from configs.messages import plain, schema_keys
 
@@ -97,12 +97,21 @@ def test_launcher_flags_are_stripped() -> None:
     assert strip_launcher_flags(["--multirun", "seed=1,2"]) == ["--multirun", "seed=1,2"]
 
 
+def test_flags_and_overrides_may_be_mixed() -> None:
+    given = ["seed=1", "--cfg", "job", "train.steps=2", "--resolve"]
+    assert overrides_last(given) == ["--cfg", "job", "--resolve", "seed=1", "train.steps=2"]
+
+
 def test_sweep_jobs_have_folders_of_their_own() -> None:
-    first, second = compose([]), compose([])
-    name_sweep_job(first, ["seed=1", "optim.lr=1e-3"], 0)
-    name_sweep_job(second, ["seed=2", "optim.lr=1e-3"], 1)
-    assert first.run_dir == "runs/quickstart/0_seed=1,optim.lr=1e-3"
-    assert second.run_dir != first.run_dir
+    argv = ["--multirun", "seed=1,2", "optim.lr=1e-3", "model=gpt,llama"]
+    jobs = [["seed=1", "optim.lr=1e-3", "model=gpt"], ["seed=2", "optim.lr=1e-3", "model=llama"]]
+    folders = [str(sweep_folder(compose([]), argv, job, number)) for number, job in enumerate(jobs)]
+    assert folders == ["runs/quickstart/0_seed-1_model-gpt", "runs/quickstart/1_seed-2_model-llama"]
+
+
+@pytest.mark.parametrize("value", ["plain/path_1.txt", "with space", "a=b,c", "it's", "[x]", "back\\slash", "end\\'"])
+def test_quoted_overrides_arrive_as_they_are(value: str) -> None:
+    assert compose([override("run_dir", value)]).run_dir == value
 
 
 def test_every_field_is_documented() -> None:

@@ -1,0 +1,136 @@
+"""train.py as a user meets it: what it prints, leaves behind, and says about mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.runs.conftest import ROOT, Runs, rows
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("finished")
+    result = runs.run(f"run_dir={folder}", "logging.plot=true", "train.sample_tokens=8", "logging.wandb=auto")
+    return folder, result.stdout + result.stderr
+
+
+def test_run_folder_has_what_scripts_rely_on(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 8
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000008"
+    assert list((folder / "wandb").glob("offline-run-*"))
+    assert "DeepSpeed" in (folder / "run.log").read_text()
+
+
+def test_metrics_have_the_documented_keys(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    lines = rows(folder)
+    assert [row["step"] for row in lines] == list(range(1, 9))
+    for key in ("train/loss", "train/perplexity", "optim/lr", "optim/grad_norm", "data/tokens_seen"):
+        assert all(key in row for row in lines), key
+    for key in ("perf/tokens_per_s", "perf/step_time_s", "perf/data_wait_s", "perf/model_tflops", "perf/mfu_causal"):
+        assert all(key in row for row in lines[2:]), key  # the first two steps are warm-up
+    assert all({"val/loss", "val/bits_per_byte"} <= set(lines[i]) for i in (3, 7))
+    assert lines[-1]["data/tokens_seen"] == 8 * 4 * 32
+
+
+def test_terminal_is_ours(finished: tuple[Path, str]) -> None:
+    _, output = finished
+    assert "step 8/8" in output
+    assert "bits per byte" in output
+    assert "sample" in output
+    assert "train longer" in output
+    for noise in ("INFO", "DeepSpeed", "FutureWarning", "Traceback", "wandb:"):
+        assert noise not in output, output
+
+
+def test_finished_run_says_so(runs: Runs, finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    result = runs.run(f"run_dir={folder}")
+    assert "Nothing to do" in result.stdout
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.stepz=3"], ["Did you mean 'train.steps'"]),
+        (["experiment=gpt5"], ["There is no experiment 'gpt5'"]),
+        (["train.steps=three"], ["'train.steps'", "three"]),
+        (["data=text", "data.path=nowhere/*.txt"], ["data.path", "nowhere"]),
+        (["train.micro_batch_size=3"], ["train.global_batch_size", "train.micro_batch_size"]),
+        (["resume=nowhere"], ["resume=nowhere does not exist"]),
+        (["model.attention=flash", "model.head_dim=300"], ["model.head_dim", "256"]),
+        (["engine=zero3", "engine.compile=on"], ["engine.compile=on"]),
+        (["model.vocab_size=100"], ["model.vocab_size=100"]),
+        (["logging.wandb=online"], ["logging.wandb=online", "logging.wandb=auto"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_get_a_short_message(runs: Runs, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    result = runs.run(f"run_dir={tmp_path / 'run'}", *overrides, code=None)
+    output = result.stdout + result.stderr
+    assert result.returncode not in (0, 3), output
+    for word in words:
+        assert word in output, output
+    assert "Traceback" not in output
+    assert len(output.splitlines()) <= 25, output
+
+
+def test_empty_corpus_is_named(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    result = runs.run(f"run_dir={tmp_path / 'run'}", "data=text", f"data.path={tmp_path}/empty.txt", code=None)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "empty.txt" in result.stdout + result.stderr
+
+
+def test_own_text_trains(runs: Runs, tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}: " + "to be or not to be, " * 60)
+    folder = tmp_path / "run"
+    runs.run("data=text", f"data.path={tmp_path}/*.txt", f"run_dir={folder}", "train.steps=2")
+    assert len(rows(folder)) == 2
+
+
+def test_cfg_job_prints_the_config_and_trains_nothing(runs: Runs, tmp_path: Path) -> None:
+    result = runs.run("--cfg", "job", f"run_dir={tmp_path / 'run'}")
+    assert yaml.safe_load(result.stdout)["model"]["width"] == 32
+    assert not (tmp_path / "run").exists()
+
+
+def test_sweep_trains_each_job_in_its_own_folder_and_stays_where_the_user_is(runs: Runs, tmp_path: Path) -> None:
+    overrides = ["seed=1,2", "train.steps=2", "run_dir=sweep", "train.eval_every=0", "train.save_every=0"]
+    runs.run("--multirun", *overrides, cwd=tmp_path)
+    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert [folder.name[:1] for folder in folders] == ["0", "1"]
+    first, second = ([json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
+    assert len(first) == len(second) == 2
+    assert first[-1]["train/loss"] != second[-1]["train/loss"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+
+
+def test_launchers_agree(runs: Runs, tmp_path: Path) -> None:
+    """Two ranks see the global batches of one: the losses are equal to rounding."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs.run(f"run_dir={one}", "--local_rank=0")  # as the deepspeed launcher appends it
+    result = runs.run(f"run_dir={two}", processes=2)
+    assert "2 ranks" in result.stdout
+    for a, b in zip(rows(one), rows(two), strict=True):
+        assert abs(a["train/loss"] - b["train/loss"]) < 2e-5 * a["train/loss"]
+
+
+def test_every_rank_is_silent_but_the_first(runs: Runs, tmp_path: Path) -> None:
+    result = runs.run(f"run_dir={tmp_path / 'run'}", "train.steps=2", processes=2)
+    assert result.stdout.count("step 2/2") == 1
+
+
+def test_no_absolute_path_or_secret_in_the_config(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    text = (folder / "config.yaml").read_text()
+    assert str(ROOT) not in text
+    assert "api_key" not in text.lower()

@@ -1,0 +1,131 @@
+"""Interrupted and uninterrupted runs are equal, bit for bit, from the first step to the last."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs.conftest import Runs, losses, rows
+from training.checkpoint import consolidated_weights, find_checkpoint
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return dict(consolidated_weights(find_checkpoint(run_dir)))
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("zero0", 1), ("zero2", 1), ("zero0", 2), ("zero2", 2)])
+def test_killed_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, engine: str, processes: int) -> None:
+    settings = [f"engine={engine}", "model.dropout=0.1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.run(*settings, f"run_dir={whole}", processes=processes)
+    runs.interrupt(lambda: len(rows(killed)) >= 5, signal.SIGKILL, *settings, f"run_dir={killed}", processes=processes)
+    assert len(rows(killed)) < 8, "the run was over before it was killed"
+    result = runs.run(*settings, f"run_dir={killed}", processes=processes)
+    assert "Going on from" in result.stdout
+    assert_equal_runs(whole, killed)
+
+
+def test_stop_and_go_on_across_an_epoch(runs: Runs, tmp_path: Path) -> None:
+    """The corpus ends in the middle of a step, and the run is extended before and after that."""
+    settings = ["data.max_documents=4", "model.sequence_length=128", "train.global_batch_size=16"]
+    settings += ["optim.schedule=constant", "train.eval_every=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    runs.run(*settings, f"run_dir={whole}", "train.steps=24")
+    epochs = [row["data/epoch"] for row in rows(whole)]
+    assert epochs[-1] > 1.2, "the test's corpus is too long for its steps"
+    turn = next(i for i, epoch in enumerate(epochs) if epoch > 1)
+    for steps in (turn, turn + 1, 24):
+        runs.run(*settings, f"run_dir={parts}", f"train.steps={steps}")
+    assert_equal_runs(whole, parts)
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(runs: Runs, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    runs.run(f"run_dir={whole}", "train.steps=40", "train.save_every=1000")
+    output = runs.interrupt(
+        lambda: len(rows(stopped)) >= 3, signal.SIGTERM, f"run_dir={stopped}", "train.steps=40", "train.save_every=1000"
+    )
+    assert runs.last_code == 0, output
+    assert "SIGTERM" in output
+    assert "Stopped by SIGTERM" in output
+    done = len(rows(stopped))
+    assert find_checkpoint(stopped).name == f"step_{done:08d}"
+    assert done < 40, "the run was over before the signal"
+    runs.run(f"run_dir={stopped}", "train.steps=40", "train.save_every=1000")
+    assert_equal_runs(whole, stopped)
+
+
+def test_damaged_checkpoint_is_passed_over(runs: Runs, tmp_path: Path) -> None:
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    runs.run(f"run_dir={whole}")
+    runs.run(f"run_dir={damaged}")
+    file = next(find_checkpoint(damaged).glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    result = runs.run(f"run_dir={damaged}")
+    assert "damaged" in result.stdout
+    assert file.name in result.stdout
+    assert "step_00000006" in result.stdout
+    assert_equal_runs(whole, damaged)
+
+
+def test_resume_never_starts_anew_and_keeps_the_old_run(runs: Runs, tmp_path: Path) -> None:
+    runs.run(f"run_dir={tmp_path / 'run'}", "train.steps=4")
+    result = runs.run(f"run_dir={tmp_path / 'run'}", "train.steps=4", "resume=never")
+    assert "Going on" not in result.stdout
+    assert losses(tmp_path / "run") == losses(tmp_path / "run" / "previous" / "1")
+
+
+def test_resume_from_another_run(runs: Runs, tmp_path: Path) -> None:
+    first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
+    runs.run(f"run_dir={first}", "train.steps=6", "optim.schedule=constant")
+    runs.run(f"run_dir={second}", f"resume={first}", "optim.schedule=constant")
+    runs.run(f"run_dir={whole}", "optim.schedule=constant")
+    assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 6}
+
+
+def test_changed_keys_are_reported(runs: Runs, tmp_path: Path) -> None:
+    runs.run(f"run_dir={tmp_path}", "train.steps=3")
+    result = runs.run(f"run_dir={tmp_path}", "train.steps=4", "optim.lr=1e-4", "train.log_every=2")
+    assert "optim.lr was 0.003, is 0.0001: the run goes on differently" in result.stdout
+    assert "train.log_every was 1, is 2: changes rounding, speed or output at most" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("zero1", 2), ("zero1", 1)), (("zero2", 1), ("zero3", 2)), (("zero3", 2), ("zero1", 1))],
+    ids=lambda value: f"{value[0]}x{value[1]}",
+)
+def test_other_stages_and_ranks_go_on(
+    runs: Runs, tmp_path: Path, first: tuple[str, int], second: tuple[str, int]
+) -> None:
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    steady = "optim.schedule=constant"
+    runs.run(f"run_dir={whole}", steady)
+    runs.run(f"run_dir={changed}", steady, "train.steps=4", f"engine={first[0]}", processes=first[1])
+    runs.run(f"run_dir={changed}", steady, f"engine={second[0]}", processes=second[1])
+    for step, (loss, norm) in losses(whole).items():
+        assert losses(changed)[step] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3))
+
+
+def test_two_runs_in_one_folder_are_refused(runs: Runs, tmp_path: Path) -> None:
+    import fcntl
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = runs.run(f"run_dir={folder}", code=2)
+    assert "Another run" in result.stderr
+    shutil.rmtree(folder)
