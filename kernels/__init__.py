@@ -13,9 +13,11 @@ from kernels.attention.api import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from kernels.attention.flash1 import flash1_attn_func
 from kernels.attention.standard import standard_attention
 
 __all__ = [
+    "flash1_attn_func",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

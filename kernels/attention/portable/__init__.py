@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 from kernels.attention.dispatch import AttnExtras, AttnParams, Problem
-from kernels.attention.portable.launch import Call, launch_delta, launch_dkdv, launch_dq, launch_forward, launch_probs
+from kernels.attention.portable.launch import (
+    Call,
+    device_capability,
+    plan_delta,
+    plan_dkdv,
+    plan_dq,
+    plan_forward,
+    plan_probs,
+    run,
+)
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,14 +33,14 @@ def supports(problem: Problem) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> tuple[Tensor, Tensor]:
     """(out, lse); see :mod:`kernels.attention.dispatch`."""
-    call = Call(q, k, params, extras)
+    call = Call(q, k, params, extras, device_capability(q))
     if extras.varlen:  # tokens past cu_seqlens[-1] belong to no program
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full(call.lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device)
-    launch_forward(call, v, out, lse)
+    run(plan_forward(call, v, out, lse), q.device)
     return out, lse
 
 
@@ -50,21 +59,21 @@ def backward(
     extras: AttnExtras,
 ) -> None:
     """Fill the gradients that are given; see :mod:`kernels.attention.dispatch`. Always deterministic."""
-    call = Call(q, k, params, extras)
+    call = Call(q, k, params, extras, device_capability(q))
     delta = torch.empty_like(lse)
-    launch_delta(call, dout, out, dlse, delta)
+    run(plan_delta(call, dout, out, dlse, delta), q.device)
     if dq is not None:
-        launch_dq(call, v, dout, lse, delta, dq)
+        run(plan_dq(call, v, dout, lse, delta, dq), q.device)
     if dk is not None and dv is not None:
-        launch_dkdv(call, v, dout, lse, delta, dk, dv)
+        run(plan_dkdv(call, v, dout, lse, delta, dk, dv), q.device)
 
 
 def probabilities(q: Tensor, k: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras) -> Tensor:
     """(B, H, max_seqlen_q, max_seqlen_k) softmax probabilities in the dtype of q, negative where dropped."""
-    call = Call(q, k, params, extras)
+    call = Call(q, k, params, extras, device_capability(q))
     shape = (call.batch, call.num_heads, params.max_seqlen_q, params.max_seqlen_k)
     probs = torch.zeros(shape, dtype=q.dtype, device=q.device)
-    launch_probs(call, lse, probs)
+    run(plan_probs(call, lse, probs), q.device)
     return probs
 
 

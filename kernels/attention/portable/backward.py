@@ -79,13 +79,27 @@ def attention_delta(
 
 
 @triton.jit
-def _load_stats(l_base, d_base, row, seqlen_q, BLOCK_M: tl.constexpr):
-    """(LSE in log2 units, delta) of a query block. Rows that do not exist or saw no key get LSE = +inf: P = 0."""
+def _load_lse(base, row, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """LSE of a query block in log2 units. Rows that do not exist or saw no key get +inf, so that P = 0; in a block
+    without masks there are none."""
     rows = row + tl.arange(0, BLOCK_M)
-    exists = rows < seqlen_q
-    lse = tl.load(l_base + rows, mask=exists, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
-    return lse, tl.load(d_base + rows, mask=exists, other=0.0)
+    if MASKED:
+        lse = tl.load(base + rows, mask=rows < seqlen_q, other=float("inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    else:
+        lse = tl.load(base + rows)
+    return lse * LOG2_E
+
+
+@triton.jit
+def _load_delta(base, row, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """Delta of a query block, 0 for rows that do not exist."""
+    rows = row + tl.arange(0, BLOCK_M)
+    if MASKED:
+        delta = tl.load(base + rows, mask=rows < seqlen_q, other=0.0)
+    else:
+        delta = tl.load(base + rows)
+    return delta
 
 
 @triton.jit
@@ -133,7 +147,7 @@ def _dkdv_blocks(
         row = block * BLOCK_M
         rows = (row + tl.arange(0, BLOCK_M))[None, :]
         q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-        lse, delta = _load_stats(l_base, d_base, row, seqlen_q, BLOCK_M)
+        lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, MASKED)
         products = dot(k, tl.trans(q))  # (BLOCK_N, BLOCK_M)
         scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
         p = tl.exp2(scores - lse[None, :])
@@ -149,6 +163,8 @@ def _dkdv_blocks(
             p_kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = dot(p_kept.to(do.dtype), do, dv)
+        # loaded here, not with lse: a value per column costs many registers while it lives
+        delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, MASKED)
         ds = p * (dp - delta[None, :]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[None, :])
         dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
@@ -223,6 +239,8 @@ def attention_dkdv(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -259,7 +277,7 @@ def attention_dkdv(
         l_base = head_base(Lse, batch, head, start_q, stride_lb, 1, stride_lh)
         d_base = head_base(Delta, batch, head, start_q, stride_lb, 1, stride_lh)
         # Three stretches of query blocks: diagonal, no mask, left edge of the window or tail
-        for stretch in tl.static_range(0 if HAS_RIGHT else 1, 3):
+        for stretch in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT or not EVEN_Q else 2):
             dk, dv = _dkdv_blocks(
                 dk,
                 dv,
@@ -427,6 +445,8 @@ def attention_dq(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -453,14 +473,15 @@ def attention_dq(
     d_base = head_base(Delta, batch, head, start_q, stride_lb, 1, stride_lh)
     q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_base, row, seqlen_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    lse, delta = _load_stats(l_base, d_base, row, seqlen_q, BLOCK_M)
+    lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, True)
+    delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     first, full_first, full_last, last = key_blocks(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     # Three stretches of key blocks: left edge of the window, no mask, diagonal or tail
-    for stretch in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for stretch in tl.static_range(0 if HAS_LEFT else 1, 3 if HAS_RIGHT or not EVEN_K else 2):
         dq = _dq_blocks(
             dq,
             q,

@@ -198,6 +198,8 @@ def attention_forward(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -232,7 +234,7 @@ def attention_forward(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
     # Three stretches of key blocks: left edge of the window, no mask, diagonal or tail
-    for stretch in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for stretch in tl.static_range(0 if HAS_LEFT else 1, 3 if HAS_RIGHT or not EVEN_K else 2):
         acc, row_max, row_sum = _forward_blocks(
             acc,
             row_max,

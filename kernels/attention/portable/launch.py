@@ -1,4 +1,8 @@
-"""Launchers of the portable kernels: from tensors and scalars to grids and kernel arguments."""
+"""Launchers of the portable kernels: from tensors and scalars to grids and kernel arguments.
+
+Each ``plan_*`` function is pure: it turns a call into a :class:`Launch`, which :func:`run` starts. Planning works on
+meta tensors too, so that what is compiled without a GPU (``portable.shipped``) is what ships.
+"""
 
 import contextlib
 import math
@@ -28,6 +32,8 @@ class Call:
     k: Tensor
     params: AttnParams
     extras: AttnExtras
+    capability: tuple[int, int] | None
+    """CUDA compute capability to tune for; None: the interpreter."""
 
     @property
     def batch(self) -> int:
@@ -55,8 +61,8 @@ class Call:
 
     def tile(self, kernel: Kernel) -> Tile:
         """The table's launch configuration."""
-        capability = torch.cuda.get_device_capability(self.q.device) if self.q.is_cuda else None
-        return choose_tile(kernel, self.head_dim, self.q.element_size(), capability, dropout=self.params.dropout_p > 0)
+        dropout = self.params.dropout_p > 0
+        return choose_tile(kernel, self.head_dim, self.q.element_size(), self.capability, dropout)
 
     def strides(self, tensor: Tensor) -> tuple[int, int, int]:
         """(batch, sequence, head) strides of a (B, S, H, D) or (total, H, D) tensor; batch stride 0 for
@@ -108,176 +114,184 @@ def _common(call: Call, tile: Tile, stats: Tensor) -> dict[str, Any]:
         "HAS_SOFTCAP": params.softcap > 0,
         "HAS_ALIBI": slopes is not None,
         "HAS_DROPOUT": params.dropout_p > 0,
+        "EVEN_Q": not extras.varlen and params.max_seqlen_q % tile.block_m == 0,
+        "EVEN_K": not extras.varlen and params.max_seqlen_k % tile.block_n == 0,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
     }
 
 
-def _grid(num_blocks: int, total_heads: int) -> tuple[int]:
-    programs = num_blocks * total_heads
-    if programs > MAX_GRID:
-        raise ValueError(f"attention needs {programs:,} programs, a launch holds {MAX_GRID:,}; split the batch")
-    return (programs,)
+def device_capability(tensor: Tensor) -> tuple[int, int] | None:
+    """Compute capability of the tensor's GPU, or None for a CPU tensor that the interpreter will compute.
 
-
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _check_device(tensor: Tensor) -> None:
-    if not tensor.is_cuda and not INTERPRET.value:
+    Raises:
+        ValueError: a tensor that no kernel can reach.
+    """
+    if tensor.is_cuda:
+        return torch.cuda.get_device_capability(tensor.device)
+    if not INTERPRET.value:
         raise ValueError(
             f"the attention kernels run on CUDA tensors, got {tensor.device}; on a CPU set TRITON_INTERPRET=1 before "
             "triton is imported (slow, for tests) or use standard_attention"
         )
+    return None
 
 
-def launch_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Fill ``out`` (as q) and ``lse`` (fp32)."""
-    _check_device(call.q)
-    tile = call.tile("forward")
-    num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
-    total_heads = call.batch * call.num_heads
-    if num_blocks * total_heads == 0:
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch, ready to run or to compile."""
+
+    kernel: Any
+    num_programs: int
+    arguments: dict[str, Any]
+    tile: Tile
+
+
+def run(launch: Launch, device: torch.device) -> None:
+    """Start the kernel on ``device``, if there is anything to do.
+
+    Raises:
+        ValueError: more programs than one launch holds.
+    """
+    if launch.num_programs == 0:
         return
-    scale = call.params.softmax_scale
-    with _on_device(call.q):
-        attention_forward[_grid(num_blocks, total_heads)](
-            Q=call.q,
-            K=call.k,
-            V=v,
-            Out=out,
-            Lse=lse,
-            num_heads=call.num_heads,
-            num_blocks=num_blocks,
-            total_heads=total_heads,
-            section=_section(call, call.params.max_seqlen_k, total_heads, call.num_heads // call.num_heads_k),
-            scale=abs(scale) * math.log2(math.e),
-            NEGATE=scale < 0,
-            **_strided(call, q=call.q, k=call.k, v=v, o=out),
-            **_common(call, tile, lse),
+    if launch.num_programs > MAX_GRID:
+        raise ValueError(
+            f"attention needs {launch.num_programs:,} programs, one launch holds {MAX_GRID:,}: split the batch"
+        )
+    # Triton launches on the current device: make it the tensors'
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        launch.kernel[(launch.num_programs,)](
+            **launch.arguments, num_warps=launch.tile.num_warps, num_stages=launch.tile.num_stages
         )
 
 
 def _section(call: Call, streamed_rows: int, total_heads: int, sharing: int) -> int:
-    """Heads per section when each program streams two tiles of ``streamed_rows`` rows that ``sharing`` heads
-    share."""
+    """Heads per section when programs stream two tensors of ``streamed_rows`` rows, shared by ``sharing`` heads."""
     row_bytes = call.head_dim * call.q.element_size()
     return section_heads(2 * streamed_rows * row_bytes // sharing, total_heads)
 
 
-def launch_delta(call: Call, dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
-    """Fill ``delta`` (as lse) = rowsum(dO * O) - dLSE."""
+def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Launch:
+    """Fills ``out`` (as q) and ``lse`` (fp32)."""
+    tile = call.tile("forward")
+    num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
+    total_heads = call.batch * call.num_heads
+    scale = call.params.softmax_scale
+    arguments = {
+        "Q": call.q,
+        "K": call.k,
+        "V": v,
+        "Out": out,
+        "Lse": lse,
+        "num_heads": call.num_heads,
+        "num_blocks": num_blocks,
+        "total_heads": total_heads,
+        "section": _section(call, call.params.max_seqlen_k, total_heads, call.num_heads // call.num_heads_k),
+        "scale": abs(scale) * math.log2(math.e),
+        "NEGATE": scale < 0,
+        **_strided(call, q=call.q, k=call.k, v=v, o=out),
+        **_common(call, tile, lse),
+    }
+    return Launch(attention_forward, num_blocks * total_heads, arguments, tile)
+
+
+def plan_delta(call: Call, dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
+    """Fills ``delta`` (as lse) = rowsum(dO * O) - dLSE."""
     tile = call.tile("delta")
     num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
-    if num_blocks * call.batch * call.num_heads == 0:
-        return
     stride_lb, stride_lh = call.lse_strides(delta)
-    with _on_device(call.q):
-        attention_delta[_grid(num_blocks, call.batch * call.num_heads)](
-            DOut=dout,
-            Out=out,
-            DLse=dlse,
-            Delta=delta,
-            CuQ=call.extras.cu_seqlens_q,
-            stride_lb=stride_lb,
-            stride_lh=stride_lh,
-            seqlen_q=call.params.max_seqlen_q,
-            num_heads=call.num_heads,
-            num_blocks=num_blocks,
-            HEAD_DIM=call.head_dim,
-            BLOCK_D=padded_head_dim(call.head_dim),
-            VARLEN=call.extras.varlen,
-            HAS_DLSE=dlse is not None,
-            BLOCK_M=tile.block_m,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **_strided(call, do=dout, o=out),
-        )
+    arguments = {
+        "DOut": dout,
+        "Out": out,
+        "DLse": dlse,
+        "Delta": delta,
+        "CuQ": call.extras.cu_seqlens_q,
+        "stride_lb": stride_lb,
+        "stride_lh": stride_lh,
+        "seqlen_q": call.params.max_seqlen_q,
+        "num_heads": call.num_heads,
+        "num_blocks": num_blocks,
+        "HEAD_DIM": call.head_dim,
+        "BLOCK_D": padded_head_dim(call.head_dim),
+        "VARLEN": call.extras.varlen,
+        "HAS_DLSE": dlse is not None,
+        "BLOCK_M": tile.block_m,
+        **_strided(call, do=dout, o=out),
+    }
+    return Launch(attention_delta, num_blocks * call.batch * call.num_heads, arguments, tile)
 
 
-def launch_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
-    """Fill ``dq`` (as q)."""
+def plan_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Launch:
+    """Fills ``dq`` (as q)."""
     tile = call.tile("dq")
     num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
     total_heads = call.batch * call.num_heads
-    if num_blocks * total_heads == 0:
-        return
-    scale = call.params.softmax_scale
-    with _on_device(call.q):
-        attention_dq[_grid(num_blocks, total_heads)](
-            Q=call.q,
-            K=call.k,
-            V=v,
-            DOut=dout,
-            Lse=lse,
-            Delta=delta,
-            DQ=dq,
-            num_heads=call.num_heads,
-            num_blocks=num_blocks,
-            total_heads=total_heads,
-            section=_section(call, call.params.max_seqlen_k, total_heads, call.num_heads // call.num_heads_k),
-            scale=scale * math.log2(math.e),
-            softmax_scale=scale,
-            **_strided(call, q=call.q, k=call.k, v=v, do=dout, dq=dq),
-            **_common(call, tile, lse),
-        )
+    arguments = {
+        "Q": call.q,
+        "K": call.k,
+        "V": v,
+        "DOut": dout,
+        "Lse": lse,
+        "Delta": delta,
+        "DQ": dq,
+        "num_heads": call.num_heads,
+        "num_blocks": num_blocks,
+        "total_heads": total_heads,
+        "section": _section(call, call.params.max_seqlen_k, total_heads, call.num_heads // call.num_heads_k),
+        "scale": call.params.softmax_scale * math.log2(math.e),
+        "softmax_scale": call.params.softmax_scale,
+        **_strided(call, q=call.q, k=call.k, v=v, do=dout, dq=dq),
+        **_common(call, tile, lse),
+    }
+    return Launch(attention_dq, num_blocks * total_heads, arguments, tile)
 
 
-def launch_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Fill ``dk`` and ``dv`` (as k)."""
+def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> Launch:
+    """Fills ``dk`` and ``dv`` (as k)."""
     tile = call.tile("dkdv")
     num_blocks = triton.cdiv(call.params.max_seqlen_k, tile.block_n)
     total_heads_k = call.batch * call.num_heads_k
-    if num_blocks * total_heads_k == 0:
-        return
-    scale = call.params.softmax_scale
-    group = call.num_heads // call.num_heads_k
-    with _on_device(call.q):
-        attention_dkdv[_grid(num_blocks, total_heads_k)](
-            Q=call.q,
-            K=call.k,
-            V=v,
-            DOut=dout,
-            Lse=lse,
-            Delta=delta,
-            DK=dk,
-            DV=dv,
-            num_heads_k=call.num_heads_k,
-            num_blocks=num_blocks,
-            total_heads_k=total_heads_k,
-            section=_section(call, call.params.max_seqlen_q * group, total_heads_k, 1),
-            scale=scale * math.log2(math.e),
-            softmax_scale=scale,
-            **_strided(call, q=call.q, k=call.k, v=v, do=dout, dk=dk, dv=dv),
-            **_common(call, tile, lse),
-        )
+    streamed_rows = call.params.max_seqlen_q * (call.num_heads // call.num_heads_k)
+    arguments = {
+        "Q": call.q,
+        "K": call.k,
+        "V": v,
+        "DOut": dout,
+        "Lse": lse,
+        "Delta": delta,
+        "DK": dk,
+        "DV": dv,
+        "num_heads_k": call.num_heads_k,
+        "num_blocks": num_blocks,
+        "total_heads_k": total_heads_k,
+        "section": _section(call, streamed_rows, total_heads_k, 1),
+        "scale": call.params.softmax_scale * math.log2(math.e),
+        "softmax_scale": call.params.softmax_scale,
+        **_strided(call, q=call.q, k=call.k, v=v, do=dout, dk=dk, dv=dv),
+        **_common(call, tile, lse),
+    }
+    return Launch(attention_dkdv, num_blocks * total_heads_k, arguments, tile)
 
 
-def launch_probs(call: Call, lse: Tensor, probs: Tensor) -> None:
-    """Fill ``probs`` (B, H, max_seqlen_q, max_seqlen_k), which must be zeroed, with signed probabilities."""
+def plan_probs(call: Call, lse: Tensor, probs: Tensor) -> Launch:
+    """Fills ``probs`` (B, H, max_seqlen_q, max_seqlen_k), which must be zeroed, with signed probabilities."""
     tile = call.tile("probs")
     blocks_m = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
     blocks_n = triton.cdiv(call.params.max_seqlen_k, tile.block_n)
-    total_heads = call.batch * call.num_heads
-    if blocks_m * blocks_n * total_heads == 0:
-        return
-    with _on_device(call.q):
-        attention_probs[_grid(blocks_m * blocks_n, total_heads)](
-            Q=call.q,
-            K=call.k,
-            Lse=lse,
-            Probs=probs,
-            num_heads=call.num_heads,
-            num_blocks_m=blocks_m,
-            num_blocks_n=blocks_n,
-            scale=call.params.softmax_scale * math.log2(math.e),
-            stride_pb=probs.stride(0),
-            stride_ph=probs.stride(1),
-            stride_ps=probs.stride(2),
-            **_strided(call, q=call.q, k=call.k),
-            **_common(call, tile, lse),
-        )
+    arguments = {
+        "Q": call.q,
+        "K": call.k,
+        "Lse": lse,
+        "Probs": probs,
+        "num_heads": call.num_heads,
+        "num_blocks_m": blocks_m,
+        "num_blocks_n": blocks_n,
+        "scale": call.params.softmax_scale * math.log2(math.e),
+        "stride_pb": probs.stride(0),
+        "stride_ph": probs.stride(1),
+        "stride_ps": probs.stride(2),
+        **_strided(call, q=call.q, k=call.k),
+        **_common(call, tile, lse),
+    }
+    return Launch(attention_probs, blocks_m * blocks_n * call.batch * call.num_heads, arguments, tile)

@@ -47,10 +47,39 @@ def choose_tile(
     if capability is None:
         # Small and unequal, so that small tests meet many blocks and no two kernels share a tiling
         return {"forward": Tile(32, 16, 1, 1), "dq": Tile(16, 32, 1, 1), "dkdv": Tile(16, 32, 1, 1)}[kernel]
-    if element_size == 4:
+    if element_size == 4:  # products without tensor cores: correct, not fast
         return Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
-    return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 1)
+    table = _HOPPER if capability[0] in (9, 10) else _AMPERE
+    if dropout:
+        table = _DROPOUT
+    column = 0 if width <= 32 else {64: 1, 128: 2, 256: 3}[width]
+    return table[kernel][column]
 
+
+# Columns: tile width (padded head dim) up to 32, 64, 128, 256. All entries stay below 99 KB of shared memory but for
+# sm_90 and sm_100 (227 KB). From compilation for sm_80 and sm_90 (scripts/compile_check.py, triton 3.9): no wgmma is
+# serialized, spills are 0 or outside the loops unless a comment says otherwise.
+_HOPPER: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
+    # A 128-row tile on 8 warps gives each warpgroup the 64 rows that wgmma needs. At width 128 the wide key block
+    # costs 567 instructions per 128 x 128 scores where two blocks of 64 cost 750 (the accumulator is rescaled half
+    # as often).
+    "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
+    "dq": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    # Keys are the rows here. dK and dV alone take 128 registers per thread at width 128: 26 reloads per loop remain.
+    "dkdv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
+}
+_AMPERE: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
+    "forward": (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
+    "dkdv": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
+}
+# The mask generator needs registers (four Philox lanes per four entries) and shared memory (its layout is not that of
+# a product), so tiles are smaller.
+_DROPOUT: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
+    "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
+    "dq": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(64, 32, 8, 1)),
+    "dkdv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
+}
 
 L2_BUDGET_BYTES = 16 * 2**20
 """L2 bytes that the operands of a section of heads may take; the smallest L2 of a training GPU we schedule
