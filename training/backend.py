@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,18 +34,18 @@ class LogStream(io.TextIOBase):
         return len(text)
 
 
-@contextlib.contextmanager
-def local_rank(rank: int) -> Iterator[None]:
-    """The one variable of a launcher that DeepSpeed insists on, for as long as it looks."""
+def set_local_rank(rank: int) -> Callable[[], None]:
+    """Set the one variable of a launcher that DeepSpeed reads, at set-up and in ZeRO-3 at each step; how to undo it."""
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(rank)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
+
+    def undo() -> None:
+        if before is not None:
             os.environ["LOCAL_RANK"] = before
+        else:
+            os.environ.pop("LOCAL_RANK", None)
+
+    return undo
 
 
 @contextlib.contextmanager

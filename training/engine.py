@@ -13,7 +13,7 @@ micro-batches, and the result is the gradient of sum(L) / T.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,9 @@ from training.backend import (
     check_engine,
     deepspeed_config,
     import_deepspeed,
-    local_rank,
     quiet,
     resolve_precision,
+    set_local_rank,
     should_compile,
 )
 from training.batch import BatchPlan
@@ -73,6 +73,7 @@ class Engine:
         config: RunConfig,
         precision: Precision,
         processes: Processes,
+        restore_environment: Callable[[], None],
     ) -> None:
         self.deepspeed = deepspeed
         self.partition = partition
@@ -82,6 +83,7 @@ class Engine:
         self.precision = precision
         self.processes = processes
         self.device = processes.device
+        self.restore_environment = restore_environment
         self.loss_scale = fp16_scale(config.engine.loss_scale) if precision is Precision.fp16 else LossScale()
         self.skipped = 0
         """Steps dropped for a non-finite loss or gradient."""
@@ -184,22 +186,22 @@ class Engine:
             yield last, micro is not None
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks from the model, and ZeRO-3's replacement of `linear` from PyTorch."""
+        """Undo what DeepSpeed needs: hooks on the model, LOCAL_RANK, and ZeRO-3's replacement of PyTorch's `linear`."""
         self.deepspeed.destroy()
         torch.nn.functional.linear = PLAIN_LINEAR
+        self.restore_environment()
 
 
 def gradient_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of this rank's gradients, fp64, (1,) on `device`; NaN or infinite if one of them is."""
-    pieces = [piece for gradient in gradients for piece in norm_pieces(gradient.view(-1))]
-    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32) if pieces else []
-    total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
-    return total.to(device).view(1)
-
-
-def norm_pieces(flat: Tensor) -> tuple[Tensor, ...]:
-    """What to take fp32 norms of. PyTorch's norm adds up one after the other on a CPU: 5e-4 off at 12 M elements."""
-    return (flat,) if flat.is_cuda else flat.split(2**16)
+    if not gradients:
+        return torch.zeros(1, dtype=torch.float64, device=device)
+    if gradients[0].is_cuda:
+        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square()
+    else:  # a CPU's norm adds up one by one, 5e-4 off at 12 M elements; its sum goes pairwise
+        pieces = [piece for gradient in gradients for piece in gradient.view(-1).split(2**20)]
+        squares = torch.stack([piece.float().square().sum() for piece in pieces]).double()
+    return squares.sum().to(device).view(1)
 
 
 def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Processes) -> Engine:
@@ -225,7 +227,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         world_size=processes.world_size,
     )
     deepspeed = import_deepspeed(device)
-    with quiet(), local_rank(device.index or 0):
+    restore = set_local_rank(device.index or 0)
+    with quiet():
         wrapped, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optim),
@@ -235,7 +238,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
     if should_compile(config.engine, device):
         model.compile_blocks()
-    return Engine(wrapped, partition, shapes, config, precision, processes)
+    return Engine(wrapped, partition, shapes, config, precision, processes, restore)
 
 
 def parameter_groups(model: GPT, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -22,9 +23,10 @@ from configs.schema import (
 )
 from model import GPT, build_model
 from training import distributed
+from training.backend import import_deepspeed
 from training.batch import resolve_batch
 from training.distributed import Processes
-from training.engine import Engine, build_engine
+from training.engine import Engine, StepResult, build_engine
 
 SEQUENCE, VOCAB = 16, 61
 
@@ -58,7 +60,8 @@ def run_config(stage: int = 1, *, accumulation: int = 2, micro: int = 2, **engin
     return RunConfig(
         model=model,
         data=DataConfig(),
-        optim=OptimConfig(lr=1e-2, warmup_steps=0, grad_clip=1.0, weight_decay=0.1),
+        # eps above the gradients that are zero but for rounding (of the keys' biases), else Adam makes them whole steps
+        optim=OptimConfig(lr=1e-2, warmup_steps=0, grad_clip=1.0, weight_decay=0.1, eps=1e-4),
         train=TrainConfig(micro_batch_size=micro, accumulation_steps=accumulation),
         engine=EngineConfig(zero_stage=stage, precision=Precision.fp32, **engine),  # type: ignore[arg-type]
     )
@@ -74,6 +77,13 @@ def make_engine(config: RunConfig, processes: Processes) -> Engine:
     """An engine on a fresh model."""
     plan = resolve_batch(config.train, processes.world_size)
     return build_engine(make_model(config), config, plan, processes)
+
+
+def train(engine: Engine, begin: int, end: int) -> list[StepResult]:
+    """Steps `begin` to `end` on their batches."""
+    config, own = engine.config, engine.processes
+    batches = (make_batch(step, config, own.rank, own.world_size) for step in range(begin, end))
+    return [engine.train_step(batch, config.optim.lr) for batch in batches]  # type: ignore[arg-type]
 
 
 def make_samples(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,32 +118,55 @@ class Reference:
         betas = (optim.beta1, optim.beta2)
         self.adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps)
 
-    def step(self, step: int, lr: float) -> tuple[float, float]:
-        """One update; its mean loss and gradient norm."""
+    def step(self, step: int, lr: float, pieces: int = 1) -> tuple[float, float]:
+        """One update, the batch in so many pieces; its mean loss and gradient norm."""
         tokens, targets = make_samples(step, resolve_batch(self.config.train, 1).global_batch_size)
-        loss = self.model(tokens, targets).sum() / (targets >= 0).sum()
         self.adamw.zero_grad()
-        loss.backward()
+        total = 0.0
+        for part, goal in zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True):
+            loss = self.model(part, goal).sum() / (targets >= 0).sum()
+            loss.backward()
+            total += loss.item()
         limit = self.config.optim.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        return loss.item(), norm.item()
+        return total, norm.item()
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of masters and moments by name (`master.…`, `exp_avg.…`, `exp_avg_sq.…`), of one process."""
+    found: dict[str, torch.Tensor] = {}
+    for fragment in engine.partition.fragments(owned=False):
+        assert fragment.start == 0
+        found[f"master.{fragment.name}"] = fragment.master.clone().view(fragment.shape)
+        found[f"exp_avg.{fragment.name}"] = fragment.exp_avg.clone().view(fragment.shape)
+        found[f"exp_avg_sq.{fragment.name}"] = fragment.exp_avg_sq.clone().view(fragment.shape)
+    return found
 
 
 def masters(engine: Engine) -> dict[str, torch.Tensor]:
-    """Whole fp32 masters by name; only where this rank holds all of them."""
-    found: dict[str, torch.Tensor] = {}
-    for fragment in engine.partition.fragments(owned=False):
-        flat = found.setdefault(fragment.name, torch.full(fragment.shape, torch.nan)).view(-1)
-        flat[fragment.start : fragment.start + fragment.master.numel()] = fragment.master
-    return found
+    """Copies of the masters by parameter name, of one process."""
+    return {name.removeprefix("master."): t for name, t in state_of(engine).items() if name.startswith("master.")}
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Bitwise equality of two sets of tensors."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Largest difference of one element."""
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
     """This process alone."""
     alone = distributed.init(Device.cpu)
+    import_deepspeed(alone.device)
+    gc.freeze()  # DeepSpeed collects garbage a dozen times for each bf16 engine
     yield alone
     alone.close()
