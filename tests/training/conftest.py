@@ -169,4 +169,5 @@ def processes() -> Iterator[Processes]:
     import_deepspeed(alone.device)
     gc.freeze()  # DeepSpeed collects garbage a dozen times for each bf16 engine
     yield alone
+    gc.unfreeze()
     alone.close()

@@ -1,0 +1,475 @@
+"""Checkpoints in one process: exact, across ZeRO stages, and with files damaged, missing or not writable."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import random
+import re
+import resource
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from configs.schema import Precision, RunConfig
+from tests.training.conftest import equal, make_engine, make_model, masters, run_config, state_of, train
+from training import checkpoint, rng, shards
+from training.backend import DTYPES
+from training.checkpoint import CheckpointError
+from training.differences import ABSENT, compare_configs
+from training.distributed import Processes
+from training.engine import Engine
+from training.state import TrainState
+
+LAYOUTS: list[tuple[int, dict[str, bool]]] = [
+    (0, {}),
+    (1, {}),
+    (2, {}),
+    (3, {}),
+    (1, {"offload_optimizer": True}),
+    (3, {"offload_optimizer": True, "offload_params": True}),
+]
+Build = Callable[..., Engine]
+
+
+@pytest.fixture
+def build(processes: Processes) -> Iterator[Build]:
+    """Makes engines (stage, precision) that are closed after the test."""
+    made: list[Engine] = []
+
+    def make(stage: int = 1, precision: str = "fp32", **engine: Any) -> Engine:
+        config = run_config(stage, accumulation=2, micro=2, **engine)
+        config.engine.precision = Precision(precision)
+        config.model.dropout = 0.1  # so that random states matter
+        rng.seed_all(3)
+        made.append(make_engine(config, processes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def save(one: Engine, folder: Path, step: int, **keys: int) -> Path:
+    return checkpoint.save(one, TrainState(step=step, consumed_samples=4 * step), folder, tokenizer_hash="abc", **keys)
+
+
+@pytest.mark.parametrize(("stage", "offload"), LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bitwise(build: Build, tmp_path: Path, stage: int, offload: dict[str, bool], precision: str) -> None:
+    one = build(stage, precision, **offload)
+    train(one, 0, 3)
+    save(one, tmp_path, 3)
+    results, state = train(one, 3, 6), state_of(one)
+    other = build(stage, precision, **offload)
+    torch.rand(7)  # another place in the random stream
+    loaded = checkpoint.load(other, tmp_path)
+    assert loaded is not None
+    assert loaded.state == TrainState(step=3, consumed_samples=12)
+    assert not loaded.messages
+    assert train(other, 3, 6) == results
+    assert equal(state_of(other), state)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """What the model's own weights say, (61, S, 61)."""
+    tokens = torch.arange(61 * 16).view(61, 16) % 61
+    out: torch.Tensor = model(tokens)
+    return out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_any_stage_into_any_other(build: Build, tmp_path: Path, precision: str) -> None:
+    """Masters, moments and step count arrive bit for bit, and the weights are the masters rounded."""
+    engines = [build(stage, precision, **offload) for stage, offload in LAYOUTS]
+    sources = []
+    for number, one in enumerate(engines):
+        train(one, 0, 2)
+        save(one, tmp_path / str(number), 2)
+        sources.append(state_of(one))
+    for other, number in itertools.product(engines, range(len(sources))):
+        checkpoint.load(other, tmp_path / str(number))
+        assert equal(state_of(other), sources[number])
+        assert other.partition.updates == 2
+        rounded = make_model(other.config).to(DTYPES[Precision(precision)])
+        checkpoint.load_weights(rounded, tmp_path / str(number) / "step_00000002")
+        rounded.eval()
+        other.module.eval()
+        assert torch.equal(logits(other.deepspeed), logits(rounded))
+        assert train(other, 2, 3)[0].updated
+
+
+def test_precision_may_change(build: Build, tmp_path: Path) -> None:
+    one = build(1, "bf16")
+    train(one, 0, 2)
+    save(one, tmp_path, 2)
+    other = build(2, "fp32")
+    checkpoint.load(other, tmp_path)
+    assert equal(state_of(other), state_of(one))
+
+
+@pytest.fixture
+def saved(build: Build, tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder with good checkpoints of steps 1 and 2, and the state of step 1."""
+    one = build()
+    train(one, 0, 1)
+    save(one, tmp_path, 1)
+    state = state_of(one)
+    train(one, 1, 2)
+    save(one, tmp_path, 2)
+    return tmp_path, state
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+SHARD, MANIFEST = "rank_00000.safetensors", "manifest.json"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "shard missing": (lambda c: (c / SHARD).unlink(), rf"{SHARD} can't be opened: No such file"),
+    "shard truncated": (lambda c: truncate(c / SHARD), rf"{SHARD} has [\d,]+ bytes, should have"),
+    "header": (lambda c: flip_bit(c / SHARD, 20), rf"{SHARD}: the header isn't what was written"),
+    "header length": (lambda c: flip_bit(c / SHARD, 0), rf"{SHARD}: the header isn't what was written"),
+    "a tensor": (lambda c: flip_bit(c / SHARD, 300_000), rf"{SHARD}: \S+ isn't what was written"),
+    "random state": (lambda c: flip_bit(c / SHARD, -5), rf"{SHARD}: random.torch_cpu isn't what was written"),
+    "manifest missing": (lambda c: (c / MANIFEST).unlink(), rf"{MANIFEST} can't be read"),
+    "manifest truncated": (lambda c: truncate(c / MANIFEST), rf"{MANIFEST} isn't what was written"),
+    "manifest empty": (lambda c: (c / MANIFEST).write_text(""), rf"{MANIFEST} isn't what was written"),
+    "manifest changed": (
+        lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text().replace('"step": 2', '"step": 3')),
+        rf"{MANIFEST} isn't what was written",
+    ),
+    "shard of another step": (
+        lambda c: shutil.copy(c.with_name("step_00000001") / SHARD, c / SHARD),
+        rf"{SHARD}: \S+ isn't what was written",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_falls_back_to_the_previous_one(
+    build: Build, saved: tuple[Path, dict[str, torch.Tensor]], damage: str
+) -> None:
+    folder, state = saved
+    spoil, message = DAMAGE[damage]
+    spoil(folder / "step_00000002")
+    one = build()
+    loaded = checkpoint.load(one, folder)
+    assert loaded is not None
+    assert loaded.path == folder / "step_00000001"
+    assert loaded.state.step == 1
+    assert equal(state_of(one), state)
+    (told,) = loaded.messages
+    assert re.search(rf"step_00000002 is damaged and was passed over \(rank 0: {message}", told)
+    with pytest.raises(CheckpointError, match=message):  # no fallback from a path that names one checkpoint
+        checkpoint.load(one, folder / "step_00000002")
+
+
+def test_every_byte_of_a_checkpoint_is_checked(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = saved
+    target = folder / "step_00000002"
+    one = build()
+    draw = random.Random(1)
+    for file in (target / SHARD, target / MANIFEST):
+        good = file.read_bytes()
+        for position in draw.sample(range(len(good)), 25):
+            if file.name == MANIFEST and good[position : position + 1].isspace():
+                continue  # between JSON values
+            flip_bit(file, position)
+            loaded = checkpoint.load(one, folder)
+            assert loaded is not None
+            assert loaded.path.name == "step_00000001", f"{file.name}: byte {position}"
+            file.write_bytes(good)
+
+
+def test_nothing_usable_is_an_error_and_nothing_at_all_is_not(
+    build: Build, saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, _ = saved
+    one = build()
+    for found in checkpoint.candidates(folder):
+        truncate(found / SHARD)
+    with pytest.raises(CheckpointError, match=r"(?s)no usable checkpoint.*step_00000002.*step_00000001.*resume=never"):
+        checkpoint.load(one, folder)
+    assert checkpoint.load(one, tmp_path / "empty") is None
+
+
+def test_run_folders_and_the_pointer(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = saved
+    run = folder / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("step_00000001", "step_00000002", "latest"):
+        shutil.move(folder / name, run / "checkpoints" / name)
+    assert [c.name for c in checkpoint.candidates(run)] == ["step_00000002", "step_00000001"]
+    assert checkpoint.find_checkpoint(run).name == "step_00000002"
+    # A run went back to step 1 and saved there: its own checkpoints come before those of the branch it left.
+    (run / "checkpoints" / "latest").write_text("step_00000001\n")
+    assert [c.name for c in checkpoint.candidates(run)] == ["step_00000001", "step_00000002"]
+    # A pointer to nothing doesn't matter.
+    (run / "checkpoints" / "latest").write_text("step_00000009\n")
+    assert checkpoint.find_checkpoint(run).name == "step_00000002"
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        checkpoint.find_checkpoint(folder / "nowhere")
+
+
+def test_another_model_or_tokenizer(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = saved
+    config = run_config(1)
+    config.model.width = 128
+    with pytest.raises(CheckpointError, match=r"another model: \d+ parameters differ, first embedding\.weight"):
+        checkpoint.load_weights(make_model(config), folder / "step_00000002")
+    one = build()
+    with pytest.raises(CheckpointError, match=r"another tokenizer \(abc, now def\)"):
+        checkpoint.load(one, folder, tokenizer_hash="def")
+    assert checkpoint.load(one, folder, tokenizer_hash="abc") is not None
+
+
+def test_saving_what_is_already_there(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = saved
+    truncate(folder / "step_00000002" / SHARD)
+    one = build()
+    checkpoint.load(one, folder)
+    train(one, 1, 2)
+    save(one, folder, 2)
+    loaded = checkpoint.load(one, folder)
+    assert loaded is not None
+    assert loaded.state.step == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+
+
+# Writing
+
+
+def test_full_disk_keeps_the_previous_one(
+    build: Build, saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own ENOSPC, from /dev/full, in the middle of a save."""
+    folder, _ = saved
+    one = build()
+    plain = checkpoint.prepare
+
+    def prepare(temporary: Path) -> None:
+        plain(temporary)
+        (temporary / SHARD).symlink_to("/dev/full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prepare", prepare)
+        with pytest.raises(
+            CheckpointError,
+            match=r"(?s)step_00000003 was not written, earlier.*rank 0: No space left on device \(.*00000",
+        ):
+            save(one, folder, 3)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+    loaded = checkpoint.load(one, folder)
+    assert loaded is not None
+    assert loaded.state.step == 2
+    save(one, folder, 3)
+
+
+def test_write_that_fails_in_the_middle(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """A real limit on the size of files: a part of the shard is on the disk when the write fails."""
+    folder, _ = saved
+    one = build()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="was not written") as error:
+            save(one, folder, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in str(error.value)
+    assert [c.name for c in checkpoint.candidates(folder)] == ["step_00000002", "step_00000001"]
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("moment", ["manifest.json", "latest"])
+def test_small_files_that_fail(
+    build: Build, saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    folder, _ = saved
+    one = build()
+    plain = checkpoint.write_synced
+
+    def write_synced(path: Path, text: str) -> None:
+        if path.name.startswith(moment):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        plain(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_synced", write_synced)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(one, folder, 3)
+    assert checkpoint.find_checkpoint(folder).name == "step_00000002"
+
+
+def test_what_is_kept(build: Build, tmp_path: Path) -> None:
+    one = build()
+    (tmp_path / "step_00000001.tmp").mkdir()
+    (tmp_path / "step_00000099.old.tmp").mkdir()
+    for step in range(1, 8):
+        save(one, tmp_path, step, keep_last=2, keep_every=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest", "step_00000003", "step_00000006", "step_00000007",
+    ]  # fmt: skip
+    save(one, tmp_path, 8, keep_last=0)
+    assert len(checkpoint.checkpoints(tmp_path)) == 4
+    save(one, tmp_path, 2, keep_last=1)  # steps after it, of another branch, aren't its to delete
+    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [8, 7, 6, 3, 2]
+    assert (tmp_path / "latest").read_text() == "step_00000002\n"
+
+
+def test_snapshot_is_apart_from_training(build: Build, tmp_path: Path, processes: Processes) -> None:
+    """A copied snapshot can be written by another thread while training goes on."""
+    one = build(2)
+    train(one, 0, 2)
+    taken = checkpoint.snapshot(one, TrainState(step=2), tokenizer_hash="abc", copy=True)
+    state = state_of(one)
+    writer = threading.Thread(target=checkpoint.commit, args=(taken, tmp_path, processes))
+    writer.start()
+    results = train(one, 2, 4)
+    writer.join()
+    other = build(2)
+    checkpoint.load(other, tmp_path)
+    assert equal(state_of(other), state)
+    assert train(other, 2, 4) == results
+
+
+# Contents
+
+
+def test_files_are_safetensors_and_json(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, state = saved
+    target = folder / "step_00000001"
+    assert sorted(path.name for path in target.iterdir()) == [MANIFEST, SHARD]
+    json.loads((target / MANIFEST).read_text())
+    with safe_open(str(target / SHARD), "pt") as reader:
+        for name, tensor in state.items():
+            assert torch.equal(reader.get_tensor(name), tensor.flatten())
+
+
+def test_no_code_unpickles() -> None:
+    root = Path(checkpoint.__file__).parent
+    for path in root.glob("*.py"):
+        text = path.read_text()
+        assert "torch.load" not in text, path
+        assert "torch.save" not in text, path
+        assert "import pickle" not in text, path
+
+
+def test_consolidated_weights(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, state = saved
+    found = dict(checkpoint.consolidated_weights(folder / "step_00000001"))
+    expected = {n.removeprefix("master."): t for n, t in state.items() if n.startswith("master.")}
+    assert equal(found, expected)
+    model = make_model(run_config(1))
+    checkpoint.load_weights(model, folder / "step_00000001")
+    assert equal({n: p.detach() for n, p in model.named_parameters()}, expected)
+    assert [*found] == [n for n, _ in model.named_parameters()]
+    flip_bit(folder / "step_00000001" / SHARD, 300_000)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        list(checkpoint.consolidated_weights(folder / "step_00000001"))
+
+
+def test_manifest_says_what_was_trained(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    manifest = checkpoint.read_manifest(saved[0] / "step_00000002")
+    assert (manifest.step, manifest.updates, manifest.world_size, manifest.zero_stage) == (2, 2, 1, 1)
+    assert manifest.config["optim"]["lr"] == 1e-2
+    assert manifest.versions["torch"] == torch.__version__
+    assert checkpoint.saved_config(saved[0] / "step_00000002") == manifest.config
+    config = run_config(1, accumulation=2, micro=2)
+    config.model.dropout = 0.1
+    assert compare_configs(manifest.config, config) == []
+
+
+def test_skipped_steps_and_loss_scale_survive(build: Build, tmp_path: Path) -> None:
+    one = build(0, "fp16")
+    train(one, 0, 1)
+    one.loss_scale.scale, one.loss_scale.calm_steps = 512.0, 17
+    checkpoint.save(one, TrainState(step=4, skipped_steps=3), tmp_path, tokenizer_hash="abc")
+    other = build(0, "fp16")
+    checkpoint.load(other, tmp_path)
+    assert (other.loss_scale.scale, other.loss_scale.calm_steps, other.skipped) == (512.0, 17, 3)
+    assert other.partition.updates == 1
+
+
+def test_shard_file_round_trip(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "empty": torch.empty(0),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "view": torch.randn(4, 6)[:, ::2],
+    }
+    record = shards.write_shard(tmp_path / "x.safetensors", tensors)
+    reader = shards.ShardReader(tmp_path, record)
+    reader.check_size()
+    with safe_open(str(tmp_path / "x.safetensors"), "pt") as library:
+        for name, tensor in tensors.items():
+            assert torch.equal(reader.read(name), tensor)
+            assert torch.equal(library.get_tensor(name), tensor)
+    reader.close()
+
+
+def test_random_states_round_trip() -> None:
+    rng.seed_all(11)
+    random.gauss(0, 1)
+    np.random.standard_normal()  # leaves half a pair cached
+    state = rng.capture()
+    state.host = json.loads(json.dumps(state.host))
+
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.standard_normal(), torch.rand(()).item()]
+
+    first = draw()
+    draw()
+    rng.restore(state)
+    assert draw() == first
+
+
+def test_ranks_draw_differently() -> None:
+    draws = set()
+    for rank, step in itertools.product(range(3), range(3)):
+        rng.seed_rank(5, rank, step)
+        draws.add((torch.rand(()).item(), random.random(), np.random.random()))
+    assert len(draws) == 9
+
+
+def test_differences() -> None:
+    saved_config, current = run_config(1), run_config(3)
+    assert compare_configs(saved_config, saved_config) == []
+    current.optim.lr = 5e-4
+    current.logging.project = "other"
+    found = compare_configs(saved_config, current)
+    assert [(d.key, d.saved, d.current, d.matters) for d in found] == [
+        ("optim.lr", 1e-2, 5e-4, True),
+        ("engine.zero_stage", 1, 3, False),
+        ("logging.project", "flashtrain", "other", False),
+    ]
+    (gone,) = compare_configs({"model": {"old": 1}}, {"model": {}})
+    assert (gone.key, gone.saved, gone.current, gone.matters) == ("model.old", 1, ABSENT, True)
+
+
+def test_every_harmless_key_exists() -> None:
+    from training.differences import HARMLESS, flat, plain
+
+    keys = flat(plain(RunConfig()))
+    for name in HARMLESS:
+        assert any(key == name or (name.endswith(".") and key.startswith(name)) for key in keys), name
+
+
+def test_masters_are_fp32_in_every_precision(build: Build) -> None:
+    for stage in range(4):
+        assert {t.dtype for t in masters(build(stage, "bf16")).values()} == {torch.float32}
