@@ -50,18 +50,16 @@ def format_count(value: float) -> str:
 
 
 class Eta:
-    """Time left, from the wall clock since the first steps: what isn't training counts here, since one waits for it."""
+    """Time left, from the wall clock since the first step: what isn't training counts here, since one waits for it."""
 
-    def __init__(self, total_steps: int, warmup_steps: int = 1) -> None:
+    def __init__(self, total_steps: int) -> None:
         self._total = total_steps
-        self._warmup_left = warmup_steps
         self._first: tuple[int, float] | None = None
         self._latest: tuple[int, float] | None = None
 
     def update(self, step: int, now_s: float) -> None:
-        """Step `step` ended at `now_s`. The first ones, which compile, only set the clock."""
-        if self._warmup_left > 0 or self._first is None:
-            self._warmup_left -= 1
+        """Step `step` ended at `now_s`. The first one, which compiles, only sets the clock."""
+        if self._first is None:
             self._first = (step, now_s)
         self._latest = (step, now_s)
 

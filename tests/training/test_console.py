@@ -198,6 +198,10 @@ def test_redrawn_lines_leave_their_last_state(tmp_path: Path) -> None:
     stream = _Stamped(log, "stderr", sys.stderr)
     for part in ("1%\r", "2%", "\r3%\r", "4% done", "\nnext", " line\r\n", "unfinished"):
         stream.write(part)
+    for _ in range(1000):
+        stream.write("\rredrawn for hours")
+        assert len(stream._partial) < 50  # nothing piles up
+    stream.write("\runfinished")
     stream.release()
     texts = [line.partition("| ")[2] for line in path.read_text().splitlines()]
     assert texts == ["4% done", "next line", "unfinished"]

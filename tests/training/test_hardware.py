@@ -186,6 +186,9 @@ def test_cpu_is_measured() -> None:
         seconds.append(time.perf_counter() - start)
     by_hand = 2 * 1024**3 / min(seconds) / 1e12
     assert 0.2 < peak.tflops / by_hand < 3.0
+    hurried, size = measure_matmul(CPU, torch.float32, budget_s=0.0)  # a single product
+    assert size == 256
+    assert 0.02 < hurried / by_hand < 3.0
 
 
 def test_measuring_leaves_the_random_numbers_and_tf32_alone() -> None:
