@@ -197,9 +197,7 @@ def check(report: CompileReport, budget: Mapping[str, Budget]) -> list[str]:
         if value > getattr(limit, name)
     ]
     if limit.hgmma and not _runs_on_hgmma(report):
-        breaches.append(
-            f"{where}: {report.sass['HGMMA']} HGMMA and {report.sass['HMMA']} HMMA; only HGMMA expected"
-        )
+        breaches.append(f"{where}: {report.sass['HGMMA']} HGMMA and {report.sass['HMMA']} HMMA; only HGMMA expected")
     return breaches
 
 
@@ -261,9 +259,7 @@ def compile_provider(
         command += ["--quick"] if quick else []
         command += ["--names", *names] if names else []
         command += ["--archs", *map(str, archs)] if archs else []
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"compiling {provider} failed:\n{done.stderr[-4000:]}")
         entries = json.loads(out.read_text())
@@ -294,14 +290,8 @@ def _worker(argv: Sequence[str] | None = None) -> None:
     cases = _import_provider(args.provider)()
     unknown = set(args.names or ()) - {case.name for case in cases}
     if unknown:
-        raise ValueError(
-            f"{args.provider} has no case {sorted(unknown)}; it has {[case.name for case in cases]}"
-        )
-    cases = [
-        case
-        for case in cases
-        if (not args.names or case.name in args.names) and (case.quick or not args.quick)
-    ]
+        raise ValueError(f"{args.provider} has no case {sorted(unknown)}; it has {[case.name for case in cases]}")
+    cases = [case for case in cases if (not args.names or case.name in args.names) and (case.quick or not args.quick)]
     wanted = [(case, arch) for case in cases for arch in case.archs if not args.archs or arch in args.archs]
     reports = [dataclasses.asdict(compile_case(case, arch)) for case, arch in wanted]
     args.out.write_text(json.dumps(reports))
@@ -310,7 +300,5 @@ def _worker(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # Run as a file, this module is __main__; the cases were made by the importable module, and dataclasses of
     # one name are not one class.
-    sys.path[:] = [
-        entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent
-    ]
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     _worker()

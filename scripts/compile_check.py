@@ -75,9 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only the representative subset")
     parser.add_argument("--archs", nargs="+", type=int, help="only these architectures, e.g. 80 90")
     parser.add_argument("--jobs", type=int, default=2, help="compiler processes at a time")
-    parser.add_argument(
-        "--update-budget", action="store_true", help="rewrite the budget of the cases measured now"
-    )
+    parser.add_argument("--update-budget", action="store_true", help="rewrite the budget of the cases measured now")
     return parser.parse_args(argv)
 
 
@@ -104,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = measure(args)
     if args.update_budget:
         everything = not (args.names or args.quick or args.archs) and args.provider == list(PROVIDERS)
-        save_budget(
-            {**({} if everything else load_budget()), **budget_of(reports)}
-        )  # a full run drops stale entries
+        save_budget({**({} if everything else load_budget()), **budget_of(reports)})  # a full run drops stale entries
     budget = load_budget()
     breaches = [check(report, budget) for report in reports]
     for report, found in zip(reports, breaches, strict=True):

@@ -10,9 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.attention.hopper import tuning
-from kernels.attention.hopper.backward import backward_kernel
 from kernels.attention.hopper.elementwise import backward_postprocess, backward_preprocess, list_tiles
-from kernels.attention.hopper.forward import forward_kernel
+from kernels.attention.hopper.gluon_backward import backward_kernel
+from kernels.attention.hopper.gluon_forward import forward_kernel
 from kernels.compile_check import CompileCase
 
 _DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}

@@ -1,7 +1,7 @@
 """The small kernels around the Hopper kernels: lists of tiles for varlen, and what precedes and follows the
 backward.
 
-Plain Triton. Layouts as in backward.py: statistics fp32 [rows, padded], dQ sums fp32 [rows, padded, D] in
+Plain Triton. Layouts as in gluon_backward.py: statistics fp32 [rows, padded], dQ sums fp32 [rows, padded, D] in
 tiles of 64 queries whose elements lie in register order; dense rows are B·H, varlen rows are H.
 """
 

@@ -18,9 +18,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention.dispatch import AttnExtras, AttnParams
 from kernels.attention.hopper import tuning
-from kernels.attention.hopper.backward import backward_kernel
 from kernels.attention.hopper.elementwise import backward_postprocess, backward_preprocess, list_tiles
-from kernels.attention.hopper.forward import forward_kernel
+from kernels.attention.hopper.gluon_backward import backward_kernel
+from kernels.attention.hopper.gluon_forward import forward_kernel
 
 RAGGED_ROWS = 2**30
 RAGGED_STRIDE = 2**34

@@ -1,0 +1,268 @@
+"""The Hopper path on a CPU: which problems it takes, and its kernels' own source over a model of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import hopper
+from kernels.attention.dispatch import AttnExtras, AttnParams, Problem
+from kernels.attention.hopper import launch, tuning
+from tests.kernels import hopper_emulator
+
+NEEDS_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="the small kernels are interpreted on a CPU")
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launchers' device side replaced by the model; three SMs, so that tiles outnumber CTAs and the other
+    way round.
+    """
+    monkeypatch.setattr(launch, "forward_kernel", hopper_emulator.FORWARD)
+    monkeypatch.setattr(launch, "backward_kernel", hopper_emulator.BACKWARD)
+    monkeypatch.setattr(launch, "_num_sms", lambda _: 3)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(launch, "_tile_counter", lambda _: counter)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences of (Sq, Sk), dense if there is one length and ``batch`` of it."""
+
+    lengths: tuple[tuple[int, int], ...]
+    batch: int = 1
+    varlen: bool = False
+    heads: int = 2
+    heads_k: int = 1
+    head_dim: int = 64
+    left: int = -1
+    right: int = -1
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        kind = "varlen" if self.varlen else f"b{self.batch}"
+        lengths = "+".join(f"{a}x{b}" for a, b in self.lengths)
+        return f"{kind}-{lengths}-h{self.heads}/{self.heads_k}-d{self.head_dim}-w{self.left},{self.right}"
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
+    """Truth for one sequence, fp64: q (Sq, H, D), k, v (Sk, Hk, D) -> out (Sq, H, D), lse (H, Sq)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    s = torch.einsum("qhd,khd->hqk", q, k) * scale  # (H, Sq, Sk)
+    i = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0]
+    j = torch.arange(k.shape[0])[None, :]
+    hidden = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
+    if right >= 0:
+        hidden |= j > i + right
+    if left >= 0:
+        hidden |= j < i - left
+    s = s.masked_fill(hidden, float("-inf"))
+    lse = torch.logsumexp(s, -1)
+    p = torch.exp(s - torch.where(lse == float("-inf"), 0.0, lse)[..., None])
+    return torch.einsum("hqk,khd->qhd", p, v), lse
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, AttnParams, AttnExtras]:
+    """q, k, v, dout in the layout of the call. Rows past the last sequence hold NaN: nobody may look at them."""
+    torch.manual_seed(0)
+    max_q, max_k = (max(x[i] for x in case.lengths) for i in (0, 1))
+    params = AttnParams(0.05, max_q, max_k, case.right == 0, case.left, case.right)
+
+    def rand(rows: int, heads: int) -> Tensor:
+        shape = (rows, heads, case.head_dim) if case.varlen else (case.batch, rows, heads, case.head_dim)
+        return torch.randn(shape).to(case.dtype)
+
+    if not case.varlen:
+        return (
+            rand(max_q, case.heads), rand(max_k, case.heads_k), rand(max_k, case.heads_k), rand(max_q, case.heads),
+            params, AttnExtras(),
+        )  # fmt: skip
+    cu = [torch.tensor([0, *(x[i] for x in case.lengths)]).cumsum(0).int() for i in (0, 1)]
+    tensors = [
+        rand(int(cu[i][-1]) + 5, heads)
+        for i, heads in ((0, case.heads), (1, case.heads_k), (1, case.heads_k), (0, case.heads))
+    ]
+    for t, i in zip(tensors, (0, 1, 1, 0), strict=True):
+        t[int(cu[i][-1]) :] = float("nan")
+    q, k, v, dout = tensors
+    return q, k, v, dout, params, AttnExtras(*cu)
+
+
+def sequences(case: Case, extras: AttnExtras) -> list[tuple[Any, Any, Any]]:
+    """(index into q-like tensors, index into k-like tensors, index into lse) of each sequence."""
+    if not case.varlen:
+        return [(b, b, b) for b in range(case.batch)]
+    assert extras.cu_seqlens_q is not None
+    assert extras.cu_seqlens_k is not None
+    q, k = extras.cu_seqlens_q.tolist(), extras.cu_seqlens_k.tolist()
+    spans = [(slice(q[b], q[b + 1]), slice(k[b], k[b + 1])) for b in range(len(case.lengths))]
+    return [(rows, keys, (slice(None), rows)) for rows, keys in spans]
+
+
+CASES = [
+    Case(((128, 128),), right=0),
+    Case(((200, 330),), batch=2, heads=4, heads_k=2),  # ragged, more keys than queries, more tiles than CTAs
+    Case(((330, 200),), right=0),  # rows that see no key
+    Case(((70, 520),), right=0, head_dim=128, heads=3, heads_k=3),  # more key blocks than stages
+    Case(((260, 260),), left=70, right=0),
+    Case(((150, 400),), left=60, right=100),
+    Case(((300, 129),), left=40, heads=1),
+    Case(((65, 127),), right=0, dtype=torch.float16, head_dim=40),  # head dim narrower than the tile
+    Case(((1, 1),), right=0, head_dim=80),
+    Case(((100, 100), (0, 30), (300, 300), (30, 0), (1, 1), (129, 64)), varlen=True, right=0),
+    Case(((257, 100), (3, 500), (128, 128)), varlen=True, heads=4, heads_k=2),
+    Case(((200, 260), (90, 90)), varlen=True, left=50, right=0, head_dim=128),
+]
+# Limits that fall on, just before and just after the edges of 64 queries and 128 keys.
+WINDOWS = [(0, 0), (1, 0), (62, -1), (-1, 62), (63, 63), (64, 64), (126, 126), (127, 127), (128, 128), (129, -1)]
+CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
+    q, k, v, dout, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras)
+    dlse = torch.randn(lse.shape)
+    grads = [torch.full(t.shape, float("nan"), dtype=t.dtype) for t in (q, k, v)]
+    hopper.backward(dout, q, k, v, out, lse, dlse, *grads, params, extras)
+    tolerance = 0.03 if case.dtype == torch.bfloat16 else 0.006
+    for rows, keys, stats in sequences(case, extras):
+        exact = [t[i].double().requires_grad_() for t, i in ((q, rows), (k, keys), (v, keys))]
+        true_out, true_lse = reference(*exact, params.softmax_scale, case.left, case.right)
+        torch.testing.assert_close(lse[stats].double(), true_lse, atol=1e-3, rtol=0)
+        torch.testing.assert_close(out[rows].double(), true_out, atol=tolerance, rtol=tolerance)
+        seen = true_lse > float("-inf")
+        loss = (true_out * dout[rows].double()).sum() + (true_lse * dlse[stats].double())[seen].sum()
+        true_grads = torch.autograd.grad(loss, exact)
+        for name, grad, i, true in zip("qkv", grads, (rows, keys, keys), true_grads, strict=True):
+            limit = tolerance * max(1.0, float(true.abs().max()) if true.numel() else 0.0)
+            torch.testing.assert_close(grad[i].double(), true, atol=limit, rtol=0, msg=lambda m, n=name: f"d{n}: {m}")
+    assert int(launch._tile_counter(q.device)) == 0, "the counter must be left as it was found"
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("key_blocks", [1, 2, 3, 4, 5])
+def test_every_ring_phase(key_blocks: int, emulated: None) -> None:
+    """1, 2, 3, stages and stages + 1 key blocks for rings of 2 and of 3, over several tiles per CTA."""
+    for head_dim in (64, 128):
+        case = Case(((256, 128 * key_blocks),), heads=4, heads_k=4, head_dim=head_dim)
+        q, k, v, _, params, extras = inputs(case)
+        out, lse = hopper.forward(q, k, v, params, extras)
+        true_out, true_lse = reference(*(t[0].double() for t in (q, k, v)), params.softmax_scale, -1, -1)
+        torch.testing.assert_close(out[0].double(), true_out, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(lse[0].double(), true_lse, atol=1e-3, rtol=0)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_three_warpgroups_and_shared_output_buffer(
+    stages: int, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for own_o, block_m in ((False, 128), (True, 192)):
+        tile = tuning.ForwardTile(block_m, 64, stages, 160, own_o, pingpong=True)
+        monkeypatch.setitem(tuning.FORWARD, 64, tile)
+        case = Case(((500, 300),), heads=3, heads_k=1, right=0)
+        q, k, v, _, params, extras = inputs(case)
+        out, _ = hopper.forward(q, k, v, params, extras)
+        true_out, _ = reference(*(t[0].double() for t in (q, k, v)), params.softmax_scale, -1, 0)
+        torch.testing.assert_close(out[0].double(), true_out, atol=0.02, rtol=0.02)
+
+
+@NEEDS_INTERPRETER
+def test_strided_inputs_and_packed_gradients(emulated: None) -> None:
+    """q, k, v and their gradients are slices of packed tensors; the neighbours of a slice stay untouched."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 140, 3, 2, 64).to(torch.bfloat16)
+    q, k, v = qkv.unbind(2)
+    params, extras = AttnParams(0.125, 140, 140, True, -1, 0), AttnExtras()
+    out, lse = hopper.forward(q, k, v, params, extras)
+    dout = torch.randn(out.shape).to(torch.bfloat16)
+    packed = torch.full((2, 140, 4, 2, 64), 7.0, dtype=torch.bfloat16)
+    hopper.backward(dout, q, k, v, out, lse, None, *packed.unbind(2)[:3], params, extras)
+    assert bool((packed[:, :, 3] == 7.0).all())
+    plain = [torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3)]
+    contiguous = [t.contiguous() for t in (q, k, v)]
+    assert torch.equal(out, hopper.forward(*contiguous, params, extras)[0])
+    hopper.backward(dout, *contiguous, out, lse, None, *plain, params, extras)
+    for a, b in zip(packed.unbind(2)[:3], plain, strict=True):
+        assert torch.equal(a, b)
+
+
+@NEEDS_INTERPRETER
+def test_gradients_only_where_wanted(emulated: None) -> None:
+    case = Case(((130, 130),), right=0)
+    q, k, v, dout, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras)
+    full = [torch.empty_like(t) for t in (q, k, v)]
+    hopper.backward(dout, q, k, v, out, lse, None, *full, params, extras)
+    only_q = torch.empty_like(q)
+    hopper.backward(dout, q, k, v, out, lse, None, only_q, None, None, params, extras)
+    only_kv = [torch.empty_like(t) for t in (k, v)]
+    hopper.backward(dout, q, k, v, out, lse, None, None, *only_kv, params, extras)
+    for a, b in zip(full, (only_q, *only_kv), strict=True):
+        assert torch.equal(a, b)
+
+
+@NEEDS_INTERPRETER
+def test_a_broken_protocol_is_reported(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model must see a hang: a producer that never announces its bytes leaves the consumers waiting."""
+    monkeypatch.setattr(hopper_emulator, "HANG_S", 0.5)
+    monkeypatch.setattr(hopper_emulator.Barrier, "init", lambda self, count: setattr(self, "pending", 99))
+    case = Case(((64, 64),))
+    q, k, v, _, params, extras = inputs(case)
+    with pytest.raises(TimeoutError, match="hang"):
+        hopper.forward(q, k, v, params, extras)
+
+
+PROBLEM = Problem(
+    direction="forward", dtype=torch.bfloat16, batch=2, seqlen_q=512, seqlen_k=512, num_heads=8, num_heads_k=2,
+    head_dim=128, params=AttnParams(0.1, 512, 512, True, -1, 0), capability=(9, 0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"varlen": True}, None),
+        ({"head_dim": 256}, None),
+        ({"head_dim": 256, "direction": "backward"}, "head dim"),
+        ({"head_dim": 59}, "head dim"),
+        ({"capability": (8, 0)}, "9.0"),
+        ({"capability": (10, 0)}, "9.0"),
+        ({"capability": None}, "9.0"),
+        ({"dtype": torch.float32}, "bf16"),
+        ({"alibi": True}, "ALiBi"),
+        ({"aligned": False}, "aligned"),
+        ({"params": replace(PROBLEM.params, softcap=30.0)}, "softcap"),
+        ({"params": replace(PROBLEM.params, dropout_p=0.1)}, "dropout"),
+        ({"params": replace(PROBLEM.params, softmax_scale=-0.1)}, "softmax_scale"),
+        ({"params": replace(PROBLEM.params, deterministic=True)}, None),
+        ({"params": replace(PROBLEM.params, deterministic=True), "direction": "backward"}, "deterministic"),
+    ],
+)
+def test_supports(change: dict[str, Any], reason: str | None) -> None:
+    answer = hopper.supports(replace(PROBLEM, **change))
+    assert (answer is None) == (reason is None), answer
+    assert reason is None or reason in str(answer)
+
+
+def test_unknown_triton_falls_back_with_one_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hopper, "version", lambda _: "4.0.0")
+    hopper._triton_problem.cache_clear()
+    try:
+        answers = [hopper.supports(PROBLEM) for _ in range(3)]
+    finally:
+        hopper._triton_problem.cache_clear()
+    assert all(answer is not None and "4.0.0" in answer for answer in answers)
+    assert len(caplog.records) == 1
