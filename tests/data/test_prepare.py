@@ -30,7 +30,9 @@ from tests.data.conftest import jsonl_config, make_texts, write_jsonl
 PREPARE = """
 import sys
 from pathlib import Path
+import data.encode
 from data import prepare
+data.encode.BATCH_CHARS = 8000  # 170 batches, after each of which it may be killed
 from tests.data.conftest import jsonl_config
 prepared = prepare(jsonl_config(Path(sys.argv[1]), Path(sys.argv[2]), num_workers=int(sys.argv[3])))
 print(prepared.content_hash)
