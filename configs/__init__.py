@@ -115,34 +115,34 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     want_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
     sys.argv[1:] = overrides_last(strip_launcher_flags(sys.argv[1:]))
-    codes: list[int] = []
-    composed_well: list[bool] = []  # from there on an error is the task's own
+    composed: list[Config] = []  # the task runs when Hydra is done: its errors are its own, and it may compose
+    sweep_codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
-    def entry(composed: DictConfig) -> None:
-        config = cast(Config, to_dataclass(composed, config_name))
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            codes.append(run_sweep_job(config, list(HydraConfig.get().overrides.task), HydraConfig.get().job.num))
-            return
-        composed_well.append(True)
-        try:
-            codes.append(task(config))
-        except UserError as error:  # here, since Hydra would add lines of its own
-            if want_traceback:
-                raise
-            codes.append(say(error))
+    def entry(tree: DictConfig) -> None:
+        config = cast(Config, to_dataclass(tree, config_name))
+        job = HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN:
+            sweep_codes.append(run_sweep_job(config, list(job.overrides.task), job.job.num))
+        else:
+            composed.append(config)
 
     try:
         entry()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if want_traceback or composed_well:
+    except (HydraException, OmegaConfBaseException, ValueError, UserError) as error:
+        if want_traceback:
             raise
-        codes.append(say(config_error(error, CONFIG_FOLDER, SECTIONS[config_name])))
+        if not isinstance(error, UserError):
+            error = config_error(error, CONFIG_FOLDER, SECTIONS[config_name])
+        sys.exit(say(error))
+    if not want_traceback:
+        del os.environ["HYDRA_FULL_ERROR"]
+    try:
+        sys.exit(task(composed[0]) if composed else max(sweep_codes, default=0))
     except UserError as error:
         if want_traceback:
             raise
-        codes.append(say(error))
-    sys.exit(max(codes, default=0))
+        sys.exit(say(error))
 
 
 def run_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: int) -> int:
@@ -154,8 +154,10 @@ def run_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: in
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--multirun runs under one process; for several, call torchrun once for each setting.")
     place = sweep_folder(config, sys.argv[1:], overrides, number)
-    kept = [override for override in overrides if not override.startswith("run_dir=")]
-    return subprocess.run([sys.executable, sys.argv[0], *kept, override("run_dir", place)], check=False).returncode
+    kept = [given for given in overrides if not given.startswith("run_dir=")]
+    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    command = [sys.executable, sys.argv[0], *kept, override("run_dir", place)]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def override(key: str, value: object) -> str:

@@ -28,7 +28,7 @@ from rich.table import Table
 from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import Attention, CompareRunConfig, Recompute
-from training.report import about, draw_bars, write_json
+from training.report import about, draw_bars, wide_console, write_json
 from training.run import run_folder
 from training.trial import Trial, run_trial
 
@@ -64,7 +64,7 @@ class Row:
 
 def main(config: CompareRunConfig) -> int:
     """Run all trials, print the table, write the files."""
-    console = Console()
+    console = wide_console()
     folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("compare.", "run_dir=", "--"))]
     settings = paper_settings(overrides) if config.compare.paper else [(config.name, overrides)]

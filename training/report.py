@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from training.hardware import device_name
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "liger-kernel")
+
+
+def wide_console() -> Console:
+    """The terminal; where there is none, such as in a file, lines long enough for a table."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def about(command: Sequence[str]) -> dict[str, Any]:
@@ -75,4 +82,32 @@ def draw_bars(
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    figure.savefig(path, dpi=150)
+
+
+def draw_lines(
+    path: Path,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xticks: Sequence[float],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    dashed: str = "",
+) -> None:
+    """A line of (x, y) points a name; the one called `dashed` is drawn as a reference."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        style: dict[str, Any] = {"linestyle": "--", "color": "#888888"} if name == dashed else {"marker": "o"}
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
+    axes.set_xticks(list(xticks))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

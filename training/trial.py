@@ -6,7 +6,6 @@ and checkpoints. What it measured is read from its metrics.jsonl: a comparison c
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 from configs import override
 from configs.errors import OUT_OF_MEMORY_EXIT_CODE, UserError
 from training import metrics as m
+from training.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = (
@@ -87,7 +87,7 @@ def run_trial(
         try:
             while process.poll() is None:
                 time.sleep(0.2)
-                on_step(len(read_metrics(run_dir)))
+                on_step(len(read_metrics(run_dir / "metrics.jsonl")))
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -99,15 +99,7 @@ def run_trial(
         raise UserError(
             f"The trial in {run_dir} failed with exit code {process.returncode}. Its output ends with:\n{tail}"
         )
-    return summarise(read_metrics(run_dir), steps)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl so far."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    return summarise(read_metrics(run_dir / "metrics.jsonl"), steps)
 
 
 def summarise(rows: Sequence[dict[str, Any]], steps: int) -> Trial:
