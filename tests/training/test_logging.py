@@ -54,9 +54,9 @@ def test_one_object_a_step(folder: RunFolder) -> None:
     file = MetricsFile(folder.metrics)
     file.write(10, {"train/loss": 3.0})
     assert rows(folder.metrics) == [{"step": 10, "train/loss": 3.0}]  # there at once, before close
-    file.write(20, {"train/loss": 2.5})
+    file.write(20, {"train/loss": 2.512345678})
     file.write(20, {"val/loss": 2.75})
-    assert rows(folder.metrics)[1] == {"step": 20, "train/loss": 2.5, "val/loss": 2.75}
+    assert rows(folder.metrics)[1] == {"step": 20, "train/loss": 2.512345678, "val/loss": 2.75}
     file.write(20, {"train/loss": 2.0})  # a shorter line than the one it replaces
     file.write(30, {"train/loss": 1.0})
     file.close()
