@@ -1,6 +1,8 @@
 """The portable attention path: FlashAttention-2 in plain Triton, for every GPU that Triton knows (sm_80 and
 later) and for the interpreter. ``kernels.attention.dispatch`` says what the functions here must do."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from kernels.attention.portable.launch import (
     plan_probs,
     run,
 )
+
+if TYPE_CHECKING:
+    from kernels.compile_check import CompileCase
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,4 +82,11 @@ def probabilities(q: Tensor, k: Tensor, lse: Tensor, params: AttnParams, extras:
     return probs
 
 
-__all__ = ["backward", "forward", "probabilities", "supports"]
+def compile_cases() -> "list[CompileCase]":
+    """Every configuration of these kernels that ships, compilable without a GPU (see :mod:`.shipped`)."""
+    from kernels.attention.portable.shipped import compile_cases as shipped_cases
+
+    return shipped_cases()
+
+
+__all__ = ["backward", "compile_cases", "forward", "probabilities", "supports"]

@@ -48,6 +48,8 @@ def choose_tile(
         # Small and unequal, so that small tests meet many blocks and no two kernels share a tiling
         return {"forward": Tile(32, 16, 1, 1), "dq": Tile(16, 32, 1, 1), "dkdv": Tile(16, 32, 1, 1)}[kernel]
     if element_size == 4:  # products without tensor cores: correct, not fast
+        if kernel == "dkdv":  # two accumulators: half the rows
+            return Tile(16, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
         return Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
     table = _HOPPER if capability[0] in (9, 10) else _AMPERE
     if dropout:
@@ -57,15 +59,16 @@ def choose_tile(
 
 
 # Columns: tile width (padded head dim) up to 32, 64, 128, 256. All entries stay below 99 KB of shared memory but for
-# sm_90 and sm_100 (227 KB). From compilation for sm_80 and sm_90 (scripts/compile_check.py, triton 3.9): no wgmma is
-# serialized, spills are 0 or outside the loops unless a comment says otherwise.
+# sm_90 and sm_100 (227 KB). Chosen by compiling (`compile_cases` in shipped.py; triton 3.9, sm_80 and sm_90): no
+# wgmma is serialized, and what spills is reloaded outside the loops without masks unless a comment says otherwise.
 _HOPPER: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
     # A 128-row tile on 8 warps gives each warpgroup the 64 rows that wgmma needs. At width 128 the wide key block
     # costs 567 instructions per 128 x 128 scores where two blocks of 64 cost 750 (the accumulator is rescaled half
     # as often).
     "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
     "dq": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    # Keys are the rows here. dK and dV alone take 128 registers per thread at width 128: 26 reloads per loop remain.
+    # Keys are the rows here. dK and dV alone take 128 registers per thread at width 128: of 440
+    # instructions per step about 25 reload addresses that did not fit.
     "dkdv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
 }
 _AMPERE: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
@@ -78,7 +81,7 @@ _AMPERE: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
 _DROPOUT: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
     "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
     "dq": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(64, 32, 8, 1)),
-    "dkdv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)),
+    "dkdv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)),
 }
 
 L2_BUDGET_BYTES = 16 * 2**20
