@@ -145,6 +145,11 @@ def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
         for name, grad, i, true in zip("qkv", grads, (rows, keys, keys), true_grads, strict=True):
             limit = tolerance * max(1.0, float(true.abs().max()) if true.numel() else 0.0)
             torch.testing.assert_close(grad[i].double(), true, atol=limit, rtol=0, msg=lambda m, n=name: f"d{n}: {m}")
+    if case.varlen:
+        assert extras.cu_seqlens_q is not None
+        tail = int(extras.cu_seqlens_q[-1])
+        assert bool((out[tail:] == 0).all())
+        assert bool((lse[:, tail:] == float("-inf")).all())
     assert int(launch._tile_counter(q.device)) == 0, "the counter must be left as it was found"
 
 

@@ -76,11 +76,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExt
     """See ``kernels.attention.dispatch``."""
     from kernels.attention.hopper.launch import launch_forward
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (q.shape[1], q.shape[0]) if extras.varlen else (q.shape[0], q.shape[2], q.shape[1])
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if k.shape[-3] == 0:  # no key at all: nothing for the copy engine to address
-        return out.zero_(), lse.fill_(float("-inf"))
+    if extras.varlen or k.shape[-3] == 0:  # tokens past cu_seqlens[-1] are in no tile; without keys there is no tile
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
+    else:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    if k.shape[-3] == 0:
+        return out, lse
     launch_forward(q, k, v, out, lse, params, extras)
     return out, lse
 

@@ -86,7 +86,7 @@ def backward_source(width: int, tile: tuning.BackwardTile, dtype: str, mask: str
         "BM": block_m,
         "BN": block_n,
         "D": width,
-        "STAGES": tile.stages,
+        "STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
         "VARLEN": varlen,
         "LEFT": left,

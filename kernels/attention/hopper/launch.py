@@ -318,7 +318,7 @@ def _dkdv(
         BM=block_m,
         BN=block_n,
         D=call.width,
-        STAGES=tile.stages,
+        STAGES=tile.q_stages,
         DO_STAGES=tile.do_stages,
         VARLEN=call.varlen,
         LEFT=params.window_left >= 0,

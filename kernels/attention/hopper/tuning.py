@@ -29,7 +29,7 @@ class ForwardTile:
 class BackwardTile:
     """Launch configuration of the backward kernel (64 queries x 128 keys)."""
 
-    stages: int
+    q_stages: int
     """Depth of the Q ring."""
     do_stages: int
     """Depth of the dO ring."""
@@ -47,8 +47,8 @@ FORWARD: dict[int, ForwardTile] = {
 """Padded head dim -> forward tile."""
 
 BACKWARD: dict[int, BackwardTile] = {
-    64: BackwardTile(stages=2, do_stages=2),
-    128: BackwardTile(stages=2, do_stages=2),
+    64: BackwardTile(q_stages=2, do_stages=2),
+    128: BackwardTile(q_stages=2, do_stages=2),
 }
 """Padded head dim -> backward tile."""
 

@@ -1,0 +1,263 @@
+"""Checks of the Hopper path on a GPU, in a process of its own: ``python -m tests.kernels.gpu.hopper_checks
+GROUP``.
+
+A wrong barrier protocol hangs the GPU's stream for good, and with it the process. So test_hopper_gpu.py runs
+each group here under a watchdog; each check announces itself before it starts, which names the one that hung.
+Exit status 1 if any check failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.attention.dispatch import PATH_ENV
+from kernels.attention.hopper import tuning
+from kernels.attention.reference import attention_reference
+from tests.kernels.cases import Case, assert_close, assert_lse, check_dense, check_varlen, leaves, make_inputs
+
+Check = tuple[str, Callable[[], None]]
+BF16, FP16 = torch.bfloat16, torch.float16
+CAUSAL = {"causal": True}
+# The shapes of flash-attn's own suite.
+SHAPES = (
+    (1, 1), (3, 3), (64, 32), (64, 128), (128, 192), (239, 1), (799, 3), (113, 203), (128, 217), (113, 211), (108, 256),
+    (256, 512), (384, 256), (640, 128), (512, 256), (1023, 1024), (1024, 1023), (2048, 2048), (4224, 4224),
+)  # fmt: skip
+
+
+def dense(case: Case) -> Check:
+    return str(case), lambda: check_dense(case)
+
+
+def shapes() -> Iterator[Check]:
+    for (sq, sk), head_dim, causal in itertools.product(SHAPES, (64, 128), (False, True)):
+        heads = 2 if max(sq, sk) > 2048 else 4
+        dtype = BF16 if causal else FP16
+        yield dense(Case(sq, sk, head_dim, heads, heads, batch=2, dtype=dtype, options={"causal": causal}))
+
+
+def rings() -> Iterator[Check]:
+    """1, 2, 3, stages and stages + 1 key blocks; fewer and more tiles than SMs (132 on an H100 and an H200)."""
+    for head_dim, keys, (batch, heads) in itertools.product((64, 128), (1, 2, 3, 4, 5), ((1, 1), (4, 8), (9, 16))):
+        sizes = (256, 128 * keys, head_dim, heads, heads, batch)
+        yield dense(Case(*sizes, dtype=BF16))
+        yield dense(Case(*sizes, dtype=BF16, options=CAUSAL))
+
+
+def windows() -> Iterator[Check]:
+    edges = (0, 1, 63, 64, 127, 128, 129)
+    pairs = [(a, 0) for a in edges] + [(-1, b) for b in edges] + [(a, a) for a in edges] + [(200, -1)]
+    for (left, right), (sq, sk) in itertools.product(pairs, ((300, 300), (513, 700), (700, 513))):
+        yield dense(Case(sq, sk, 64, dtype=BF16, options={"window_size": (left, right)}))
+    yield dense(Case(2000, 2000, 128, dtype=BF16, options={"window_size": (256, 0)}))
+
+
+def heads_and_widths() -> Iterator[Check]:
+    for heads_k in (1, 2, 3, 6):
+        yield dense(Case(500, 500, 128, 6, heads_k, batch=2, dtype=BF16, options=CAUSAL))
+    for head_dim in (8, 32, 40, 80, 96, 112, 120):
+        yield dense(Case(333, 444, head_dim, dtype=BF16, options=CAUSAL))
+    for scale in (1.0, 0.01):
+        yield dense(Case(400, 400, 64, dtype=BF16, options={"softmax_scale": scale}))
+    for magnitude in (8.0, 30.0):
+        yield dense(Case(400, 400, 128, dtype=BF16, magnitude=magnitude, options=CAUSAL))
+    for head_dim in (192, 256):
+        yield (
+            f"forward only, head dim {head_dim}",
+            lambda d=head_dim: forward_only(Case(700, 900, d, dtype=BF16, options=CAUSAL)),
+        )
+    yield "more than 65,535 heads", lambda: forward_only(Case(17, 33, 64, 66_000, 66_000, dtype=BF16))
+
+
+def forward_only(case: Case) -> None:
+    q, k, v, _, _ = make_inputs(case)
+    out, lse, _ = kernels.flash_attn_func(q, k, v, return_attn_probs=True, **case.options)
+    truth, truth_lse = attention_reference(q, k, v, **case.options)
+    plain, _ = attention_reference(q, k, v, **case.options, dtype=case.dtype)
+    assert_close("out", out, plain, truth, 2)
+    assert_lse(lse, truth_lse)
+
+
+def varlen() -> Iterator[Check]:
+    lists = [
+        ([100, 200, 300], [100, 200, 300]),
+        ([1, 0, 129, 512, 64], [5, 40, 129, 700, 0]),
+        ([1000] * 5 + [3] * 40, [1000] * 5 + [3] * 40),
+        ([2048, 17, 900], [1024, 300, 2048]),
+    ]
+    for (lq, lk), head_dim, causal in itertools.product(lists, (64, 128), (False, True)):
+        case = Case(0, 0, head_dim, 4, 2, dtype=BF16, options={"causal": causal})
+        yield f"varlen {lq} {lk} {case}", lambda lq=lq, lk=lk, case=case: check_varlen(lq, lk, case, tail=37)
+    case = Case(0, 0, 64, dtype=FP16, options={"window_size": (100, 0)})
+    yield "varlen window", lambda: check_varlen([300, 700], [300, 700], case)
+
+
+def run_twice_the_same(case: Case, times: int = 20) -> None:
+    """Out, lse, dk, dv bitwise equal over ``times`` runs while other work moves the CTAs around: the race
+    detector.
+    """
+    q, k, v, dout, _ = make_inputs(case)
+    noise = torch.randn(512, 512, device="cuda")
+    side = torch.cuda.Stream()
+    first: tuple[Tensor, ...] | None = None
+    for i in range(times):
+        with torch.cuda.stream(side):
+            for _ in range(i % 4):
+                noise = noise @ noise * 1e-3
+        mine = leaves(q, k, v)
+        out, lse, _ = kernels.flash_attn_func(*mine, return_attn_probs=True, **case.options)
+        _, dk, dv = torch.autograd.grad(out, mine, dout)
+        now = (out, lse, dk, dv)
+        first = now if first is None else first
+        for name, a, b in zip(("out", "lse", "dk", "dv"), first, now, strict=True):
+            assert torch.equal(a, b), f"{name} differs in run {i}"
+
+
+def repeats() -> Iterator[Check]:
+    for head_dim, sq, causal in itertools.product((64, 128), (512, 1000, 4096), (False, True)):
+        case = Case(sq, sq, head_dim, 8, 4, batch=3, dtype=BF16, options={"causal": causal})
+        yield f"20 runs {case}", lambda case=case: run_twice_the_same(case)
+
+
+def packed_layouts() -> None:
+    """Slices of a qkv tensor and of a larger allocation give what contiguous tensors give, to the bit."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 700, 3, 4, 128, device="cuda", dtype=BF16)
+    packed = kernels.flash_attn_qkvpacked_func(qkv, causal=True)
+    separate = kernels.flash_attn_func(*(t.contiguous() for t in qkv.unbind(2)), causal=True)
+    assert torch.equal(packed, separate)
+    transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv.unbind(2)]  # (B, H, S, D) in memory
+    assert torch.equal(packed, kernels.flash_attn_func(*transposed, causal=True))
+
+
+def graph_capture() -> None:
+    """A captured forward and backward, replayed on new inputs and beside eager calls."""
+    case = Case(600, 600, 128, 8, 8, batch=2, dtype=BF16, options=CAUSAL)
+    q, k, v, dout, _ = make_inputs(case)
+    static = leaves(q, k, v)
+
+    def step() -> tuple[Tensor, ...]:
+        out = kernels.flash_attn_func(*static, causal=True)
+        return (out, *torch.autograd.grad(out, static, dout))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for t in static:
+                t.copy_(torch.randn_like(t))
+        graph.replay()
+        for name, got, want in zip(("out", "dq", "dk", "dv"), captured, step(), strict=True):
+            if name == "dq":  # summed in varying order
+                torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+            else:
+                assert torch.equal(got, want), f"{name} differs, seed {seed}"
+
+
+def streams() -> None:
+    """Calls on two streams at once do not share their tile counters."""
+    case = Case(2048, 2048, 128, 16, 16, batch=4, dtype=BF16, options=CAUSAL)
+    q, k, v, _, _ = make_inputs(case)
+    want = kernels.flash_attn_func(q, k, v, causal=True)
+    torch.cuda.synchronize()
+    lanes = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for _ in range(10):
+        for lane in lanes:
+            with torch.cuda.stream(lane):
+                results.append(kernels.flash_attn_func(q, k, v, causal=True))
+    torch.cuda.synchronize()
+    assert all(torch.equal(want, got) for got in results)
+
+
+def end_of_allocation() -> None:
+    """Ragged inputs whose last row ends an allocation of whole pages."""
+    rows, heads, head_dim = 333, 2, 128
+    pages = torch.randn(2 * 2**20 // 2 * 4, device="cuda").to(BF16)
+    q = pages[-rows * heads * head_dim :].view(1, rows, heads, head_dim)
+    got = kernels.flash_attn_func(q, q, q, causal=True)
+    assert torch.equal(got, kernels.flash_attn_func(*(q.clone() for _ in range(3)), causal=True))
+
+
+def beyond_2_31() -> None:
+    """More than 2^31 elements; the last head of the last sequence must be right."""
+    batch, seqlen, heads, head_dim = 9, 32768, 64, 128
+    q = torch.randn(batch, seqlen, heads, head_dim, device="cuda", dtype=BF16)
+    out = kernels.flash_attn_func(q, q, q, causal=True)
+    last = q[-1:, :, -1:].contiguous()
+    assert torch.equal(out[-1:, :, -1:], kernels.flash_attn_func(last, last, last, causal=True))
+
+
+def launch_variants() -> Iterator[Check]:
+    """Tiles that tuning.py does not choose but a measurement may: they must be right before they are timed."""
+    case = Case(700, 700, 64, 4, 2, batch=3, dtype=BF16, options=CAUSAL)
+    for tile in (
+        tuning.ForwardTile(192, 128, 2, 160, own_o=True, pingpong=True),
+        tuning.ForwardTile(192, 128, 2, 160, own_o=True, pingpong=False),
+        tuning.ForwardTile(128, 128, 2, 240, own_o=False, pingpong=True),
+        tuning.ForwardTile(128, 128, 3, 240, own_o=True, pingpong=False),
+    ):
+        yield f"{tile}", lambda tile=tile: with_tile(64, tile, case)
+
+
+def with_tile(width: int, tile: tuning.ForwardTile, case: Case) -> None:
+    before = tuning.FORWARD[width]
+    tuning.FORWARD[width] = tile
+    try:
+        check_dense(case)
+    finally:
+        tuning.FORWARD[width] = before
+
+
+def systems() -> Iterator[Check]:
+    yield "packed and transposed layouts", packed_layouts
+    yield "CUDA graph", graph_capture
+    yield "three streams", streams
+    yield "end of an allocation", end_of_allocation
+    if torch.cuda.mem_get_info()[0] > 60 * 2**30:
+        yield "more than 2^31 elements", beyond_2_31
+
+
+GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
+    "rings": rings,
+    "shapes": shapes,
+    "windows": windows,
+    "heads_and_widths": heads_and_widths,
+    "varlen": varlen,
+    "repeats": repeats,
+    "systems": systems,
+    "launch_variants": launch_variants,
+}
+
+
+def main(group: str) -> int:
+    os.environ[PATH_ENV] = "hopper"  # read at every call
+    failures = 0
+    for name, check in GROUPS[group]():
+        print(f"start {name}", flush=True)
+        try:
+            check()
+            torch.cuda.synchronize()
+        except Exception:  # noqa: BLE001 - reported, and counted in the exit status
+            failures += 1
+            print(f"FAILED {name}\n{traceback.format_exc(limit=-3)}", flush=True)
+    print(f"{failures} failures", flush=True)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
