@@ -338,7 +338,7 @@ def _why_unreachable(url: str, timeout_s: float) -> str:
     thread = _in_thread(ask, failures)
     thread.join(timeout_s)
     if thread.is_alive():
-        return f"{url} doesn't answer within {timeout_s:.0f} s"
+        return f"{url} doesn't answer within {timeout_s:g} s"
     return f"{url} can't be reached: {failures[0]}" if failures else ""
 
 
