@@ -40,10 +40,15 @@ def test_error_for_a_global_batch_below_one_round() -> None:
         resolve_batch(train(5, 32, None), 2)
 
 
-@pytest.mark.parametrize("sizes", [(None, None, None), (8, None, None), (None, 8, None), (None, None, 8)])
-def test_fewer_than_two_keys(sizes: tuple[int | None, ...]) -> None:
-    with pytest.raises(UserError, match=r"give two of train\.global_batch_size"):
+@pytest.mark.parametrize("sizes", [(None, None, None), (None, None, 8)])
+def test_too_few_keys(sizes: tuple[int | None, ...]) -> None:
+    with pytest.raises(UserError, match=r"give train\.global_batch_size or train\.micro_batch_size"):
         resolve_batch(train(*sizes), 1)
+
+
+def test_one_size_alone_means_no_accumulation() -> None:
+    assert resolve_batch(train(8, None, None), 2) == BatchPlan(8, 4, 1)
+    assert resolve_batch(train(None, 8, None), 2) == BatchPlan(16, 8, 1)
 
 
 def test_three_keys_that_contradict() -> None:

@@ -1,0 +1,126 @@
+"""Who a process is, under each launcher, and what the processes agree on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+from configs.schema import Device
+from training import distributed
+from training.distributed import Launch, Processes, detect_launch, first_node, pick_device
+
+
+def test_no_launcher() -> None:
+    assert detect_launch({}) is None
+    assert detect_launch({"LOCAL_RANK": "0"}) is None
+
+
+def test_torchrun() -> None:
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert detect_launch(environment) == Launch(5, 8, 1, "env://")
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    assert detect_launch({**environment, **slurm}) == Launch(5, 8, 1, "env://")  # torchrun started by srun
+
+
+def test_slurm_step() -> None:
+    step = {
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_STEP_NODELIST": "gpu[007-008]",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "123456",
+    }
+    assert detect_launch(step) == Launch(9, 16, 1, "tcp://gpu007:23456")
+    assert detect_launch({**step, "MASTER_ADDR": "h", "MASTER_PORT": "7"}) == Launch(9, 16, 1, "tcp://h:7")
+
+
+def test_batch_script_without_srun_is_one_process() -> None:
+    assert detect_launch({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[007-009,12],login", "gpu007"),
+        ("gpu[3,5]", "gpu3"),
+        ("a-b1,c2", "a-b1"),
+        ("rack[1-2]-node", "rack1-node"),
+    ],
+)
+def test_first_node(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device(Device.auto, 3) == torch.device("cuda", 3)
+    assert pick_device(Device.cpu, 3) == torch.device("cpu")
+    with pytest.raises(UserError, match="process 5 on this node has no GPU: 4 are visible; start 4 a node"):
+        pick_device(Device.cuda, 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process sees its own GPU only
+    assert pick_device(Device.cuda, 3) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(Device.auto, 0) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"hardware\.device=cuda: .*possible: hardware\.device=cpu"):
+        pick_device(Device.cuda, 0)
+
+
+def test_alone(processes: Processes) -> None:
+    assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
+    assert processes.broadcast({"a": 1}) == {"a": 1}
+    assert processes.gather("x") == ["x"]
+    assert processes.any(True)
+    assert not processes.any(False)
+    processes.barrier()
+    value = torch.ones(2)
+    dist.all_reduce(value)
+    assert value.tolist() == [1.0, 1.0]
+
+
+def rank_main(rank: int, port: int, answers: Any) -> None:
+    """One of two ranks, started as torchrun would."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = distributed.init(Device.cpu, timeout_minutes=0.5)
+    value = torch.tensor([float(rank + 1)])
+    dist.all_reduce(value)
+    result = {
+        "rank": own.rank,
+        "main": own.is_main,
+        "broadcast": own.broadcast(f"from {rank}"),
+        "gather": own.gather(rank * 10),
+        "any of last": own.any(rank == 1),
+        "any of none": own.any(False),
+        "sum": value.item(),
+    }
+    own.barrier()
+    own.close()
+    own.close()
+    answers.put(result)
+
+
+def test_two_processes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(rank, port, answers)) for rank in range(2)]
+    for one in ranks:
+        one.start()
+    results = sorted((answers.get(timeout=120) for _ in ranks), key=lambda answer: answer["rank"])
+    for one in ranks:
+        one.join(timeout=30)
+        assert one.exitcode == 0
+    same = {"broadcast": "from 0", "gather": [0, 10], "any of last": True, "any of none": False, "sum": 3.0}
+    assert results == [{"rank": 0, "main": True, **same}, {"rank": 1, "main": False, **same}]
