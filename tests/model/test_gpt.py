@@ -75,6 +75,18 @@ def test_what_says_the_same_changes_nothing(change: dict[str, Any]) -> None:
     torch.testing.assert_close(base, changed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["queries", "keys"])
+def test_qk_norm_makes_the_length_of_queries_and_keys_irrelevant(part: str) -> None:
+    rows = slice(0, 32) if part == "queries" else slice(32, 64)
+    for qk_norm in (True, False):
+        model = build_model(small(qk_norm=qk_norm, init_std=0.3))
+        tokens = batch(model.config)[0]
+        before = model(tokens)
+        with torch.no_grad():
+            model.blocks[0].attention.qkv.weight[rows] *= 3.0
+        assert torch.allclose(before, model(tokens), atol=1e-3) == qk_norm
+
+
 def test_rope_theta_counts_with_rotary_positions() -> None:
     base, changed = logits_of(small(**LLAMA)), logits_of(small(rope_theta=5.0, **LLAMA))
     assert not torch.allclose(base, changed)
