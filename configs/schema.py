@@ -173,7 +173,7 @@ class ModelConfig:
     """Standard deviation of the initial weights; projections into the residual stream get std /
     sqrt(2·num_layers)."""
     fused: Toggle = Toggle.auto
-    """Liger's fused Triton kernels for the loss and RMSNorm. auto: on CUDA. off: plain PyTorch."""
+    """Our Triton kernel for the softmax of the loss. auto: on CUDA. off: PyTorch operations, as on a CPU."""
 
 
 @dataclass
