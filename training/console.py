@@ -199,12 +199,12 @@ def open_terminal(log_path: Path, rank: int = 0) -> Iterator[Terminal]:
     """Take the terminal; send everything else to `log_path`.
 
     An exception that leaves the block is told in a few lines, with its traceback in the log, and becomes SystemExit:
-    1, or 130 for KeyboardInterrupt. Imports of noisy libraries belong inside.
+    the code of a `UserError`, 130 for KeyboardInterrupt, else 1. Imports of noisy libraries belong inside.
     """
     log = _Log(log_path, rank)
     with contextlib.ExitStack() as stack:
         stack.callback(_silence_exit, log)
-        screen = _redirect_descriptors(log, stack)
+        screen, complaints = _redirect_descriptors(log, stack)
         console = make_console(screen, quiet=rank != 0)
         terminal = Terminal(console, log_path, rank)
         on_screen = _TerminalHandler(terminal)
@@ -216,22 +216,23 @@ def open_terminal(log_path: Path, rank: int = 0) -> Iterator[Terminal]:
             raise
         except BaseException as error:  # noqa: BLE001 - every way to fail ends as a message and an exit code
             log.line("ERROR", "".join(traceback.format_exception(error)))
-            raise SystemExit(report_error(error, make_console(screen), log_path, rank)) from None
+            raise SystemExit(report_error(error, make_console(complaints), log_path, rank)) from None
 
 
-def _redirect_descriptors(log: _Log, stack: contextlib.ExitStack) -> IO[str]:
-    """Lead descriptors 1 and 2 to the log until the stack closes; returns a text stream on what 1 was before."""
+def _redirect_descriptors(log: _Log, stack: contextlib.ExitStack) -> tuple[IO[str], IO[str]]:
+    """Lead descriptors 1 and 2 to the log until the stack closes; returns text streams on what they were before."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    before = {number: os.dup(number) for number in (1, 2)}
-    screen = open(os.dup(before[1]), "w", encoding=encoding, errors="replace", buffering=1)  # noqa: SIM115
-    stack.callback(screen.close)
-    for number, copy in before.items():
-        stack.callback(os.close, copy)
-        stack.callback(os.dup2, copy, number)
+    streams: list[IO[str]] = []
+    for number in (1, 2):
+        before = os.dup(number)
+        streams.append(open(os.dup(before), "w", encoding=encoding, errors="replace", buffering=1))  # noqa: SIM115
+        stack.callback(streams[-1].close)
+        stack.callback(os.close, before)
+        stack.callback(os.dup2, before, number)
         os.dup2(log.fd, number)
-    return screen
+    return streams[0], streams[1]
 
 
 def _redirect_python(log: _Log, on_screen: logging.Handler, stack: contextlib.ExitStack) -> None:
@@ -290,7 +291,7 @@ def report_error(error: BaseException, console: Console, log_path: Path | None =
     console.print(f"[bold red]error:[/] {escape(chr(10).join(lines))}", soft_wrap=True)
     if log_path is not None and rank == 0 and not isinstance(error, UserError):
         console.print(f"The traceback is in {escape(short_path(log_path))}", soft_wrap=True)
-    return 1
+    return error.exit_code if isinstance(error, UserError) else 1
 
 
 def short_path(path: Path) -> str:

@@ -24,7 +24,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -226,6 +226,8 @@ class ThroughputMeter:
         peak_tflops: dense peak of one device, TFLOP/s.
         world_size: devices that share a global batch.
         device: where the steps run; decides the clock.
+        remeasure: measures the peak again, TFLOP/s, if the model seems to be faster than a measured peak: something
+            else kept the device busy the first time. None: the peak is known.
         warmup_steps: steps after `start` that don't count (compilation, autotuning, allocation).
         clock: for tests.
     """
@@ -238,12 +240,14 @@ class ThroughputMeter:
         peak_tflops: float,
         world_size: int,
         device: torch.device,
+        remeasure: Callable[[], float] | None = None,
         warmup_steps: int = 2,
         clock: Clock | None = None,
     ) -> None:
         self._flops_per_token = flops_per_token
         self._flops_per_token_causal = flops_per_token_causal
-        self._peak_tflops = peak_tflops
+        self.peak_tflops = peak_tflops
+        self._remeasure = remeasure
         self._world_size = world_size
         self._warmup_left = warmup_steps
         self._clock = clock or (CudaClock(device) if device.type == "cuda" else HostClock())
@@ -314,6 +318,8 @@ class ThroughputMeter:
         per_device = tokens / seconds / self._world_size
         model_tflops = per_device * self._flops_per_token / 1e12
         causal_tflops = per_device * self._flops_per_token_causal / 1e12
+        if self._remeasure is not None and causal_tflops > self.peak_tflops:
+            self.peak_tflops = max(self.peak_tflops, self._remeasure())
         return Throughput(
             num_steps=len(times_s),
             tokens_per_s=tokens / seconds,
@@ -328,7 +334,7 @@ class ThroughputMeter:
 
     def _checked(self, key: str, tflops: float, tokens_per_s: float) -> float | None:
         """`tflops` over the peak if that is possible; else None, and an error in the log the first time."""
-        mfu = tflops / self._peak_tflops
+        mfu = tflops / self.peak_tflops
         if 0 < mfu <= 1:
             return mfu
         if key not in self._complained:
@@ -336,6 +342,6 @@ class ThroughputMeter:
             reason = f"The peak is too low for this device: {_REMEDY}"
             if key == MFU:
                 reason = f"{_MASKED_HALF} Otherwise the peak is too low for this device: {_REMEDY}"
-            numbers = f"{tflops:.4g} model TFLOP/s a device ({tokens_per_s:.4g} tokens/s), peak {self._peak_tflops:.4g}"
+            numbers = f"{tflops:.4g} model TFLOP/s a device ({tokens_per_s:.4g} tokens/s), peak {self.peak_tflops:.4g}"
             _LOG.error(f"{key} is {mfu:.4g}, outside (0, 1], and is left out: {numbers}. {reason}")
         return None

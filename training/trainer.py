@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import torch
 
@@ -28,9 +28,9 @@ from training.backend import DTYPES
 from training.batch import resolve_batch
 from training.console import RunSummary, print_summary, short_path
 from training.engine import Engine, StepResult, build_engine
-from training.hardware import device_peak
+from training.hardware import Peak, device_peak
 from training.logging import RunLogger, system_info
-from training.metrics import ThroughputMeter
+from training.metrics import Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.progress import Progress
 from training.resume import resume
@@ -94,9 +94,8 @@ class Trainer:
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
         self.state = resume(self.engine, config, session.folder, self.corpus.tokenizer_hash, session.terminal)
         self.first_step = self.saved_at = self.state.step
-        self.peak = device_peak(
-            processes.device, self.engine.precision, config.hardware.peak_tflops, config.hardware.tf32
-        )
+        # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
+        self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))
         self.logger = self._logger()
         self.state.wandb_id = self.logger.wandb_id
         self.meter = self._meter()
@@ -133,7 +132,13 @@ class Trainer:
             enabled=self.processes.is_main,
         )
 
+    def _measure_peak(self) -> Peak:
+        hardware = self.config.hardware
+        tf32 = hardware.tf32 and not self.config.deterministic
+        return device_peak(self.processes.device, self.engine.precision, hardware.peak_tflops, tf32)
+
     def _meter(self) -> ThroughputMeter:
+        measured = self.peak.source == "measured" and self.processes.is_main
         flops = flops_per_token(self.model_config)
         return ThroughputMeter(
             flops_per_token=flops.megatron,
@@ -141,6 +146,7 @@ class Trainer:
             peak_tflops=self.peak.tflops,
             world_size=self.processes.world_size,
             device=self.processes.device,
+            remeasure=(lambda: self._measure_peak().tflops) if measured else None,
         )
 
     def _say_what_runs(self) -> None:
@@ -202,7 +208,11 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Write the metrics of the interval that ends with this step."""
-        state, throughput = self.state, self.meter.report()
+        with self.meter.excluded():
+            self._log(result, self.meter.report())
+
+    def _log(self, result: StepResult, throughput: Throughput | None) -> None:
+        state = self.state
         values: dict[str, float | None] = {
             m.TRAIN_LOSS: result.loss,
             m.TRAIN_PERPLEXITY: m.perplexity(result.loss),
@@ -217,9 +227,8 @@ class Trainer:
         }
         if throughput is not None:
             values |= throughput.metrics()
-        with self.meter.excluded():
-            self.logger.log(state.step, values)
-            self.progress.report(state.step, values)
+        self.logger.log(state.step, values)
+        self.progress.report(state.step, values)
 
     def evaluate(self) -> None:
         """Validation loss and a sample of text. A signal in between ends it without a result."""

@@ -114,27 +114,27 @@ logging.getLogger("training").warning("no handler of ours any more")
 
 def test_user_error(tmp_path: Path) -> None:
     done, log = run(tmp_path, 'raise UserError("data.path=x does not exist [y].\\nGive another one.")')
-    assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout == "error: data.path=x does not exist [y].\nGive another one.\n"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: data.path=x does not exist [y].\nGive another one.\n"
     assert "Traceback" in log
     assert "UserError: data.path=x" in log
 
 
 def test_unexpected_error(tmp_path: Path) -> None:
     done, log = run(tmp_path, 'raise RuntimeError("line\\n" * 100)')
-    assert (done.returncode, done.stderr) == (1, "")
-    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
     assert lines[0] == "error: RuntimeError: line"
     assert len(lines) <= 25
-    assert "81 more lines" in done.stdout
+    assert "81 more lines" in done.stderr
     assert str(tmp_path / "run" / "run.log") in lines[-1]
-    assert "Traceback" not in done.stdout
+    assert "Traceback" not in done.stderr
     assert log.count("| line") >= 99
 
 
 def test_ctrl_c_and_exit_codes(tmp_path: Path) -> None:
     done, log = run(tmp_path, "raise KeyboardInterrupt")
-    assert (done.returncode, done.stdout, done.stderr) == (130, "Interrupted.\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
     assert "Traceback" in log
     done, _ = run(tmp_path, "sys.exit(75)")
     assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
@@ -157,7 +157,7 @@ print("printed")
 raise UserError("wrong\\nvery")
 """
     done, log = run(tmp_path, body, rank=3)
-    assert done.stdout == "error: (rank 3) wrong\n"
+    assert (done.stdout, done.stderr) == ("", "error: (rank 3) wrong\n")
     assert "rank 3 stdout | printed" in log
     assert "rank 3 ERROR training | logged" in log
 
@@ -210,7 +210,7 @@ def test_redrawn_lines_leave_their_last_state(tmp_path: Path) -> None:
 
 def test_error_before_there_is_a_log() -> None:
     out = io.StringIO()
-    assert report_error(UserError("bad key"), Console(file=out)) == 1
+    assert report_error(UserError("bad key"), Console(file=out)) == 2
     assert out.getvalue() == "error: bad key\n"
     out = io.StringIO()
     report_error(UserError("\n".join(map(str, range(MAX_ERROR_LINES)))), Console(file=out))

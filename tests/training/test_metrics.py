@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from training import metrics as m
-from training.metrics import ThroughputMeter, bits_per_byte, peak_memory_gb, perplexity
+from training.metrics import HostClock, ThroughputMeter, bits_per_byte, peak_memory_gb, perplexity
 
 CPU = torch.device("cpu")
 
@@ -299,3 +299,41 @@ def test_cuda_clock_measures_the_device_not_the_host() -> None:
     by_hand_s = time.perf_counter() - start
     assert report.step_time_median_s == pytest.approx(by_hand_s, rel=0.3)
     assert min(host_s) < report.step_time_median_s  # the host didn't wait
+
+
+class SteppingClock(HostClock):
+    """One second a mark."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def mark(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_a_peak_that_was_measured_too_low_is_measured_again() -> None:
+    measured: list[float] = []
+
+    def remeasure() -> float:
+        measured.append(4.0)
+        return 4.0
+
+    meter = ThroughputMeter(
+        flops_per_token=2e12,
+        flops_per_token_causal=2e12,
+        peak_tflops=1.0,
+        world_size=1,
+        device=torch.device("cpu"),
+        remeasure=remeasure,
+        warmup_steps=0,
+        clock=SteppingClock(),
+    )
+    meter.start()
+    for _ in range(2):
+        meter.step(1)
+        report = meter.report()
+        assert report is not None
+        assert report.mfu == pytest.approx(0.5)
+    assert measured == [4.0]
+    assert meter.peak_tflops == 4.0
