@@ -26,6 +26,8 @@ from torch.nn import functional as F
 import kernels
 from configs.errors import UserError
 from configs.schema import Attention, ModelConfig, Position
+from kernels.attention.api import MAX_HEAD_DIM as FLASH_MAX_HEAD_DIM
+from kernels.attention.flash1 import MAX_HEAD_DIM as FLASH1_MAX_HEAD_DIM
 from model.dimensions import Dimensions
 from model.init import Linear, residual_std
 from model.layers import document_ids, rotate
@@ -33,8 +35,8 @@ from model.layers import document_ids, rotate
 logger = logging.getLogger(__name__)
 
 DOCUMENTS = "model.attention={} has no document mask; use model.attention=flash or sdpa, or data.document_mask=false"
-MAX_FLASH_HEAD_DIM = 256
-"""Largest head dim of the flash kernels."""
+MAX_HEAD_DIM = {Attention.flash: FLASH_MAX_HEAD_DIM, Attention.flash1: FLASH1_MAX_HEAD_DIM}
+"""Largest head dim of the kernels."""
 
 
 class Context(NamedTuple):
@@ -68,9 +70,9 @@ def problems(config: ModelConfig, attention: Attention, documents: bool = False)
     found = []
     head_dim = config.head_dim or config.width // config.num_heads
     name = f"model.attention={attention.value}"
-    if attention in (Attention.flash, Attention.flash1) and head_dim > MAX_FLASH_HEAD_DIM:
+    if attention in MAX_HEAD_DIM and head_dim > MAX_HEAD_DIM[attention]:
         found.append(
-            f"{name}: head dim {head_dim} is above the kernels' limit of {MAX_FLASH_HEAD_DIM}; "
+            f"{name}: head dim {head_dim} is above the kernels' limit of {MAX_HEAD_DIM[attention]}; "
             "use more heads (model.num_heads, model.head_dim) or model.attention=sdpa"
         )
     if attention is Attention.sdpa and config.attention_softcap > 0:
@@ -86,6 +88,7 @@ def problems(config: ModelConfig, attention: Attention, documents: bool = False)
             "model.attention_softcap": config.attention_softcap > 0,
             "model.position=alibi": config.position is Position.alibi,
             "model.dropout": config.dropout > 0,
+            "model.num_kv_heads": config.num_kv_heads not in (None, config.num_heads),
         }
         found += [f"{name} does not do {key}; use model.attention=flash" for key, on in asked.items() if on]
     return found
@@ -239,9 +242,9 @@ def standard(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) 
 
 
 def flash1(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> Tensor:
-    """FlashAttention-1's schedule; causal attention only."""
+    """FlashAttention-1's schedule; plain causal attention only, as many key as query heads."""
     _refuse_documents(context)
-    return kernels.flash1_attn_func(q, k, v, causal=True)  # type: ignore[attr-defined]
+    return kernels.flash1_attn_func(q, k, v, causal=True)
 
 
 def _refuse_documents(context: Context) -> None:

@@ -60,8 +60,11 @@ CASES: dict[str, tuple[Scores, bool, bool, int]] = {
 }
 
 
-def able(name: Attention, scores: Scores, documents: bool) -> bool:
+def able(name: Attention, label: str) -> bool:
     """Whether it does not refuse, see the last test."""
+    scores, _, documents, _ = CASES[label]
+    if name is Attention.flash1:
+        return label == "causal"
     if name is Attention.sdpa:
         return scores.softcap == 0
     return name is Attention.flash or not documents
@@ -70,8 +73,8 @@ def able(name: Attention, scores: Scores, documents: bool) -> bool:
 ABLE = [
     pytest.param(name, case, id=f"{name.value}-{label}")
     for label, case in CASES.items()
-    for name in (Attention.sdpa, Attention.standard, Attention.flash)
-    if able(name, case[0], documents=case[2])
+    for name in (Attention.sdpa, Attention.standard, Attention.flash, Attention.flash1)
+    if able(name, label)
 ]
 
 
@@ -227,6 +230,8 @@ def test_what_an_implementation_cannot_do_names_the_key_and_the_remedy(monkeypat
 
     assert "model.attention=flash or standard" in message(small(attention_softcap=2.0))
     assert "model.window" in message(small(attention=Attention.flash1, window=3))
+    assert "model.num_kv_heads" in message(small(attention=Attention.flash1, num_kv_heads=2))
+    assert "limit of 128" in message(small(attention=Attention.flash1, head_dim=160))
     assert "limit of 256" in message(small(attention=Attention.flash, head_dim=264))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "needs a CUDA device" in message(small(attention=Attention.flash))
