@@ -260,6 +260,30 @@ def test_supports(change: dict[str, Any], reason: str | None) -> None:
     assert reason is None or reason in str(answer)
 
 
+def test_descriptor_cache_exchanges_only_the_tensor() -> None:
+    first, second = (torch.randn(2, 64, 3, 128).to(torch.bfloat16) for _ in range(2))
+    launch._templates.clear()
+    checked = launch.describe_tensor(first, 64, 128, varlen=False)
+    quick = launch.describe_tensor(second, 64, 128, varlen=False)
+    assert quick.base is second
+    assert {k: v for k, v in vars(quick).items() if k != "base"} == {
+        k: v for k, v in vars(checked).items() if k != "base"
+    }
+    assert all("base" not in fields for fields in launch._templates.values()), "the cache would keep tensors alive"
+    other = launch.describe_tensor(first.transpose(1, 2).contiguous().transpose(1, 2), 64, 128, varlen=False)
+    assert other.strides != checked.strides
+
+
+def test_unaddressable_tensors() -> None:
+    base = torch.randn(4, 40, 2, 64).to(torch.bfloat16)
+    assert launch.addressable(base)
+    assert launch.addressable(base[:, ::2])
+    assert not launch.addressable(base.flatten()[1:-63].view(-1)[: 39 * 128].view(1, 39, 2, 64)), "2 bytes off"
+    assert not launch.addressable(base[:1].expand(4, -1, -1, -1)), "stride 0"
+    assert not launch.addressable(torch.randn(1, 8, 2, 60).to(torch.bfloat16)), "rows of 120 bytes"
+    assert launch.addressable(base[:1]), "the stride of a dimension of size 1 does not matter"
+
+
 def test_unknown_triton_falls_back_with_one_message(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

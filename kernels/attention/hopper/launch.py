@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -85,13 +86,32 @@ def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMAShared
     return gl.NVMMASharedLayout.get_default_for(list(block), _GL_DTYPE[dtype])
 
 
-def describe_tensor(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
-    """The descriptor of a (B, S, H, D) or (total, H, D) tensor, whatever its strides, in blocks of ``rows`` x
-    ``width``.
+_templates: dict[tuple[Any, ...], dict[str, Any]] = {}
+_MAX_TEMPLATES = 4096
 
-    See tiles.py for how a varlen tensor gets five dimensions. Strides of dimensions of size 1 mean nothing
-    and may be anything in torch, but must be valid here.
+
+def describe_tensor(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
+    """The descriptor of a (B, S, H, D) or (total, H, D) tensor, whatever its strides, in blocks of ``rows`` x ``width``.
+
+    Triton checks a descriptor's fields in Python, which costs more than everything else here; for a geometry seen before,
+    only the tensor is exchanged. (The cache holds no tensor.)
     """
+    key = (tensor.shape, tensor.stride(), tensor.dtype, rows, width, varlen)
+    fields = _templates.get(key)
+    if fields is None:
+        if len(_templates) >= _MAX_TEMPLATES:
+            _templates.clear()
+        described = _describe(tensor, rows, width, varlen)
+        _templates[key] = {name: x for name, x in vars(described).items() if name != "base"}
+        return described
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(fields, base=tensor)
+    return descriptor
+
+
+def _describe(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
+    """See tiles.py for how a varlen tensor gets five dimensions. Strides of dimensions of size 1 mean nothing and may be
+    anything in torch, but must be valid here."""
     head_dim = tensor.shape[-1]
     stride_s, stride_h = (_stride(tensor, dim) for dim in (-3, -2))
     block: tuple[int, ...]
@@ -112,10 +132,13 @@ def _stride(tensor: Tensor, dim: int) -> int:
 
 def addressable(tensor: Tensor) -> bool:
     """Whether the copy engine can address ``tensor``: 16-byte base and strides, none of them 0."""
-    size = tensor.element_size()
-    strides = [s * size for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
-    unit = tensor.stride(-1) == 1
-    return unit and tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    return tensor.data_ptr() % 16 == 0 and _addressable(tensor.shape, tensor.stride(), tensor.element_size())
+
+
+@functools.lru_cache(maxsize=4096)
+def _addressable(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> bool:
+    steps = [step * size for step, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1]
+    return strides[-1] == 1 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

@@ -1,0 +1,35 @@
+"""The shipped kernels against kernels/compile_budget.json: the representative subset (scripts/compile_check.py does all)."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels.compile_check import Budget, check, compile_provider, load_budget
+from scripts.compile_check import PROVIDERS
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_representative_kernels_are_within_budget(provider: str) -> None:
+    reports = compile_provider(provider, quick=True)
+    assert reports, f"{provider} marks no case as quick"
+    budget = load_budget()
+    assert [breach for report in reports for breach in check(report, budget)] == []
+
+
+def test_budget_of_the_hopper_path_allows_no_serialisation_and_few_spills() -> None:
+    """`--update-budget` must not make these regressions pass unnoticed."""
+    budget = {key: entry for key, entry in load_budget().items() if key.startswith("hopper.")}
+    attention = {key: entry for key, entry in budget.items() if "forward[" in key or "backward[" in key}
+    assert len(attention) >= 40
+
+    def limit(key: str) -> int:
+        if "d256" in key:
+            return 160  # window masks at 256 columns; a few reloads outside the products
+        return 32 if "varlen" in key or "window" in key else 0
+
+    for key, entry in attention.items():
+        assert isinstance(entry, Budget)
+        assert entry.hgmma, key
+        assert entry.serialized == 0, key
+        assert entry.spill_bytes <= limit(key), key
+        assert entry.shared_bytes <= 232_448, key
