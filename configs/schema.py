@@ -198,7 +198,7 @@ class DataConfig:
     text_key: str = "text"
     """Column or field that holds the text."""
     max_documents: int | None = None
-    """Read only so many documents. None: all."""
+    """Read only so many documents, empty ones included. None: all."""
     tokenizer: str = "train"
     """`train`: train a byte-level BPE on this corpus; else a `tokenizer.json` file or folder, or a hub name
     such as `gpt2`."""

@@ -45,7 +45,7 @@ FINISH_TIMEOUT_S: Final = 60.0
 """How long the end of a run waits for uploads to wandb; what is left can be uploaded with `wandb sync`."""
 
 _LOG = logging.getLogger(__name__)
-_VERSIONS = ("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "liger-kernel", "wandb")
+_VERSIONS = ("torch", "triton", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
 
 
 def system_info(world_size: int = 1) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from training.hardware import device_name
 
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "liger-kernel")
+PACKAGES = ("torch", "triton", "deepspeed", "transformers")
 
 
 def wide_console() -> Console:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import RunConfig
+from data import PreparedData
 from training import checkpoint
 from training.console import Terminal, short_path
 from training.differences import Difference, compare_configs
@@ -35,23 +37,31 @@ def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
     return path
 
 
-def resume(engine: Engine, config: RunConfig, folder: RunFolder, tokenizer_hash: str, terminal: Terminal) -> TrainState:
+def resume(
+    engine: Engine, config: RunConfig, folder: RunFolder, corpus: PreparedData, terminal: Terminal
+) -> TrainState:
     """Load what `resume` says into the engine; the state to go on with, a new one if there is nothing. Collective.
 
-    Tells which checkpoints were damaged, and which keys differ from those the checkpoint was trained with. Raises
-    `CheckpointError` or `UserError` if there is something but it can't be used.
+    Tells whether the corpus is another one, which checkpoints were damaged, and which keys differ from those the
+    checkpoint was trained with. Raises `CheckpointError` or `UserError` if there is something but it can't be used.
     """
     path = resume_path(config, folder)
-    loaded = None if path is None else checkpoint.load(engine, path, tokenizer_hash=tokenizer_hash)
+    loaded = None if path is None else checkpoint.load(engine, path, tokenizer_hash=corpus.tokenizer_hash)
     if loaded is None:
         if config.resume not in ("auto", "never"):
             raise UserError(f"resume={config.resume}: there is no checkpoint in it. Give another path, or resume=auto.")
-        return TrainState()
+        return TrainState(corpus_hash=corpus.content_hash)
     for message in loaded.messages:
         terminal.warn(message)
     terminal.say(f"Going on from {short_path(loaded.path)}, {loaded.state.step:,} steps done.")
-    report_differences(compare_configs(loaded.manifest.config, config), terminal)
-    return loaded.state
+    if loaded.state.step > 0:  # a checkpoint of step 0 is an imported model, of which nothing has to stay
+        report_differences(compare_configs(loaded.manifest.config, config), terminal)
+    if loaded.state.corpus_hash not in (None, corpus.content_hash):
+        terminal.warn(
+            "the corpus differs from the one of the checkpoint: its position, "
+            f"{loaded.state.consumed_samples:,} samples, now means other text"
+        )
+    return replace(loaded.state, corpus_hash=corpus.content_hash)
 
 
 def report_differences(differences: list[Difference], terminal: Terminal) -> None:

@@ -23,3 +23,5 @@ class TrainState:
     """Lowest validation loss so far, nats per token. None: no evaluation yet."""
     wandb_id: str | None = None
     """wandb's run, which a resumed run goes on in. None: wandb is off."""
+    corpus_hash: str | None = None
+    """Hash of the prepared tokens that `consumed_samples` is a position in. None: no step yet."""

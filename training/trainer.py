@@ -92,7 +92,7 @@ class Trainer:
         self.engine = build_engine(model, config, self.plan, processes)
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
-        self.state = resume(self.engine, config, session.folder, self.corpus.tokenizer_hash, session.terminal)
+        self.state = resume(self.engine, config, session.folder, self.corpus, session.terminal)
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
         self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -78,13 +79,13 @@ class Runs:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
         deadline = time.time() + 240
         while not when() and process.poll() is None and time.time() < deadline:
             time.sleep(0.005)
-        if number is signal.SIGKILL:
-            os.killpg(process.pid, number)
+        if number is signal.SIGKILL:  # torchrun's workers are sessions of their own
+            for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+                victim.send_signal(number)
         else:
             process.send_signal(number)
         output, _ = process.communicate(timeout=240)
