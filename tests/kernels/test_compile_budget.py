@@ -1,4 +1,4 @@
-"""The shipped kernels against kernels/compile_budget.json: the representative subset (scripts/compile_check.py does all)."""
+"""The representative subset of the shipped kernels against the budget (scripts/compile_check.py does all of them)."""
 
 from __future__ import annotations
 

@@ -91,10 +91,10 @@ _MAX_TEMPLATES = 4096
 
 
 def describe_tensor(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
-    """The descriptor of a (B, S, H, D) or (total, H, D) tensor, whatever its strides, in blocks of ``rows`` x ``width``.
+    """Descriptor of a (B, S, H, D) or (total, H, D) tensor, whatever its strides, in blocks of ``rows`` x ``width``.
 
-    Triton checks a descriptor's fields in Python, which costs more than everything else here; for a geometry seen before,
-    only the tensor is exchanged. (The cache holds no tensor.)
+    Triton checks a descriptor's fields in Python, which costs more than everything else here; for a geometry seen
+    before, only the tensor is exchanged. (The cache holds no tensor.)
     """
     key = (tensor.shape, tensor.stride(), tensor.dtype, rows, width, varlen)
     fields = _templates.get(key)
@@ -110,8 +110,8 @@ def describe_tensor(tensor: Tensor, rows: int, width: int, varlen: bool) -> Tens
 
 
 def _describe(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
-    """See tiles.py for how a varlen tensor gets five dimensions. Strides of dimensions of size 1 mean nothing and may be
-    anything in torch, but must be valid here."""
+    """See tiles.py for how a varlen tensor gets five dimensions. Strides of dimensions of size 1 mean nothing and may
+    be anything in torch, but must be valid here."""
     head_dim = tensor.shape[-1]
     stride_s, stride_h = (_stride(tensor, dim) for dim in (-3, -2))
     block: tuple[int, ...]
