@@ -235,6 +235,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
             optimizer=lambda groups: build_adamw(groups, config, precision),
             config=settings,
         )
+    # DeepSpeed makes a group of its own, with PyTorch's default timeout.
+    dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
     if should_compile(config.engine, device):
         model.compile_blocks()

@@ -186,7 +186,7 @@ class Stage12(Linked):
 
     def gradients(self) -> list[Tensor]:
         if self.wrapper.cpu_offload:
-            return [gradient_of(flat) for flat in self.masters()]
+            return offloaded_gradients(self.masters())
         return [gradient for group in self.wrapper.averaged_gradients.values() for gradient in group]
 
     def drop(self) -> None:
@@ -212,7 +212,7 @@ class Stage3(Partition):
 
     def gradients(self) -> list[Tensor]:
         if self.wrapper.offload_optimizer:
-            return [gradient_of(flat) for flat in self.masters()]
+            return offloaded_gradients(self.masters())
         return [gradient for group in self.wrapper.averaged_gradients.values() for gradient in group]
 
     def drop(self) -> None:
@@ -241,10 +241,13 @@ class Stage3(Partition):
                 yield Range(name, tuple(parameter.ds_shape), start, length, group, offset)  # type: ignore[attr-defined]
 
 
-def gradient_of(flat: Tensor) -> Tensor:
-    """The gradient that an offloading wrapper has put beside its masters."""
-    assert flat.grad is not None
-    return flat.grad
+def offloaded_gradients(flats: list[Tensor]) -> list[Tensor]:
+    """The gradients that an offloading wrapper copies from the GPU beside its masters, once they have arrived."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    gradients = [flat.grad for flat in flats]
+    assert all(gradient is not None for gradient in gradients)
+    return gradients  # type: ignore[return-value]
 
 
 def divide_in_step(wrapper: Any, factor: float) -> None:

@@ -416,6 +416,13 @@ def test_impossible_engines(build: Build, keys: dict[str, Any], message: str) ->
         build(run_config(**keys))
 
 
+def test_timeout_holds_for_gradients(build: Build, processes: Processes) -> None:
+    """`engine.timeout_minutes` reaches the group that DeepSpeed reduces gradients over, which is its own."""
+    group = build(run_config(1)).deepspeed.seq_data_parallel_group
+    assert group is not torch.distributed.group.WORLD
+    assert group._get_backend(torch.device("cpu")).options._timeout == processes.timeout
+
+
 def test_deepspeed_prints_nothing() -> None:
     """Not while it is imported, set up, or stepping: what it has to say goes to `logging`."""
     script = (
