@@ -79,23 +79,24 @@ def attention_delta(
 
 
 @triton.jit
-def _load_lse(base, row, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """LSE of a query block in log2 units. Rows that do not exist or saw no key get +inf, so that P = 0; in a block
-    without masks there are none."""
+def _load_lse(base, row, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr):
+    """LSE of a query block in log2 units. Rows that do not exist (BOUNDED) or may have seen no key (MASKED) get +inf,
+    so that P = 0."""
     rows = row + tl.arange(0, BLOCK_M)
-    if MASKED:
+    if BOUNDED:
         lse = tl.load(base + rows, mask=rows < seqlen_q, other=float("inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
     else:
         lse = tl.load(base + rows)
+    if MASKED:
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
     return lse * LOG2_E
 
 
 @triton.jit
-def _load_delta(base, row, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+def _load_delta(base, row, seqlen_q, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr):
     """Delta of a query block, 0 for rows that do not exist."""
     rows = row + tl.arange(0, BLOCK_M)
-    if MASKED:
+    if BOUNDED:
         delta = tl.load(base + rows, mask=rows < seqlen_q, other=0.0)
     else:
         delta = tl.load(base + rows)
@@ -137,6 +138,7 @@ def _dkdv_blocks(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -146,16 +148,16 @@ def _dkdv_blocks(
     for block in tl.range(first, last):
         row = block * BLOCK_M
         rows = (row + tl.arange(0, BLOCK_M))[None, :]
-        q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-        lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, MASKED)
+        q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, BOUNDED)
+        lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, MASKED, BOUNDED)
         products = dot(k, tl.trans(q))  # (BLOCK_N, BLOCK_M)
         scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
         p = tl.exp2(scores - lse[None, :])
-        if MASKED and (HAS_LEFT or HAS_RIGHT):
+        if MASKED:
             # keys past the end need no mask: their rows of dk and dv are never stored
-            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, False)
             p = tl.where(mask, p, 0.0)
-        do = load_tile(do_base, row, seqlen_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        do = load_tile(do_base, row, seqlen_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, BOUNDED)
         dp = dot(v, tl.trans(do))  # (BLOCK_N, BLOCK_M)
         p_kept = p
         if HAS_DROPOUT:
@@ -164,7 +166,7 @@ def _dkdv_blocks(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = dot(p_kept.to(do.dtype), do, dv)
         # loaded here, not with lse: a value per column costs many registers while it lives
-        delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, MASKED)
+        delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, BOUNDED)
         ds = p * (dp - delta[None, :]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[None, :])
         dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv
@@ -276,8 +278,8 @@ def attention_dkdv(
         do_base = head_base(DOut, batch, head, start_q, stride_dob, stride_dos, stride_doh)
         l_base = head_base(Lse, batch, head, start_q, stride_lb, 1, stride_lh)
         d_base = head_base(Delta, batch, head, start_q, stride_lb, 1, stride_lh)
-        # Three stretches of query blocks: diagonal, no mask, left edge of the window or tail
-        for stretch in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT or not EVEN_Q else 2):
+        # Up to three stretches of query blocks: diagonal, no mask, left edge of the window
+        for stretch in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
             dk, dv = _dkdv_blocks(
                 dk,
                 dv,
@@ -312,6 +314,7 @@ def attention_dkdv(
                 HAS_ALIBI,
                 HAS_DROPOUT,
                 stretch != 1,
+                not EVEN_Q,
                 BLOCK_M,
                 BLOCK_N,
             )
@@ -355,6 +358,7 @@ def _dq_blocks(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -363,13 +367,13 @@ def _dq_blocks(
     for block in tl.range(first, last):
         col = block * BLOCK_N
         cols = (col + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
+        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
         products = dot(q, tl.trans(k))  # (BLOCK_M, BLOCK_N)
         scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
         p = tl.exp2(scores - lse[:, None])
         if MASKED:
-            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BOUNDED)
             p = tl.where(mask, p, 0.0)
         dp = dot(do, tl.trans(v))  # (BLOCK_M, BLOCK_N)
         if HAS_DROPOUT:
@@ -473,14 +477,14 @@ def attention_dq(
     d_base = head_base(Delta, batch, head, start_q, stride_lb, 1, stride_lh)
     q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_base, row, seqlen_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, True)
+    lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, True, True)
     delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     first, full_first, full_last, last = key_blocks(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    # Three stretches of key blocks: left edge of the window, no mask, diagonal or tail
+    # Up to three stretches of key blocks: left edge of the window, no mask, diagonal or tail
     for stretch in tl.static_range(0 if HAS_LEFT else 1, 3 if HAS_RIGHT or not EVEN_K else 2):
         dq = _dq_blocks(
             dq,
@@ -514,6 +518,7 @@ def attention_dq(
             HAS_ALIBI,
             HAS_DROPOUT,
             stretch != 1,
+            stretch != 1 and not EVEN_K,
             BLOCK_M,
             BLOCK_N,
         )

@@ -128,13 +128,19 @@ def visible(
     window_right,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
-    """Mask of the (query, key) pairs that see each other; ``rows`` and ``cols`` broadcast to the tile."""
-    mask = cols < seqlen_k
+    """Mask of the (query, key) pairs that see each other; ``rows`` and ``cols`` broadcast to the tile. BOUNDED: keys
+    past the end may be among ``cols``. One of the three flags must hold."""
+    mask = None
     if HAS_RIGHT:
-        mask = mask & (cols <= rows + (offset + window_right))
+        mask = cols <= rows + (offset + window_right)
     if HAS_LEFT:
-        mask = mask & (cols >= rows + (offset - window_left))
+        inside = cols >= rows + (offset - window_left)
+        mask = mask & inside if HAS_RIGHT else inside
+    if BOUNDED:
+        exists = cols < seqlen_k
+        mask = mask & exists if HAS_RIGHT or HAS_LEFT else exists
     return mask
 
 
@@ -201,7 +207,9 @@ def query_blocks(
     last = tl.cdiv(end, BLOCK_M)
     first = tl.minimum(begin // BLOCK_M, last)
     full_first = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_M), first), last)
-    full_last = tl.minimum(tl.maximum(full_end // BLOCK_M, full_first), last)
+    full_last = last
+    if HAS_LEFT:
+        full_last = tl.minimum(tl.maximum(full_end // BLOCK_M, full_first), last)
     return first, full_first, full_last, last
 
 

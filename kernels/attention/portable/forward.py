@@ -49,13 +49,14 @@ def _online_softmax(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """One step of the online softmax over a (BLOCK_M, BLOCK_N) tile of raw products: (P, alpha, max, sum).
     alpha rescales what was accumulated so far. max is in log2 units."""
     if MASKED or HAS_SOFTCAP or HAS_ALIBI:
         scores, _ = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
         if MASKED:
-            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BOUNDED)
             scores = tl.where(mask, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # a row that has seen no key yet: -inf - -inf would be NaN
@@ -101,15 +102,17 @@ def _forward_blocks(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Fold key blocks [first, last) into (acc, row_max, row_sum)."""
+    """Fold key blocks [first, last) into (acc, row_max, row_sum).
+    MASKED: some pairs do not see each other; BOUNDED: some keys do not exist."""
     rows = (row + tl.arange(0, BLOCK_M))[:, None]
     for block in tl.range(first, last):
         col = block * BLOCK_N
         cols = (col + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
         products = dot(q, tl.trans(k))  # (BLOCK_M, BLOCK_N)
         p, alpha, row_max, row_sum = _online_softmax(
             products,
@@ -129,11 +132,12 @@ def _forward_blocks(
             HAS_SOFTCAP,
             HAS_ALIBI,
             MASKED,
+            BOUNDED,
         )
         if HAS_DROPOUT:
             keep = dropout_keep(Rng, head_index, row, col, dropout_threshold, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, row_max, row_sum
 
@@ -233,7 +237,7 @@ def attention_forward(
     first, full_first, full_last, last = key_blocks(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    # Three stretches of key blocks: left edge of the window, no mask, diagonal or tail
+    # Up to three stretches of key blocks: left edge of the window, no mask, diagonal or tail
     for stretch in tl.static_range(0 if HAS_LEFT else 1, 3 if HAS_RIGHT or not EVEN_K else 2):
         acc, row_max, row_sum = _forward_blocks(
             acc,
@@ -265,6 +269,7 @@ def attention_forward(
             HAS_ALIBI,
             HAS_DROPOUT,
             stretch != 1,
+            stretch != 1 and not EVEN_K,
             BLOCK_M,
             BLOCK_N,
         )

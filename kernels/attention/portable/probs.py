@@ -99,7 +99,9 @@ def attention_probs(
     scores, _ = bias_scores(dot(q, tl.trans(k)), rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
     l_base = head_base(Lse, batch, head, start_q, stride_lb, 1, stride_lh)
     lse = tl.load(l_base + rows, mask=rows < seqlen_q, other=0.0) * LOG2_E
-    seen = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT) & (rows < seqlen_q)
+    seen = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, True) & (
+        rows < seqlen_q
+    )
     p = tl.where(seen, tl.exp2(scores - lse), 0.0)
     if HAS_DROPOUT:
         keep = dropout_keep(Rng, head_index, row, col, dropout_threshold, BLOCK_M, BLOCK_N)
