@@ -31,7 +31,7 @@ def train(session: Session, trainer: Trainer) -> None:
     """The loop: a batch, a step, and what is due after it."""
     config, engine, state = session.config, trainer.engine, trainer.state
     every = config.train
-    with closing(trainer.loader.batches(state.consumed_samples)) as batches:
+    with closing(trainer.batches()) as batches:
         while state.step < every.steps and not session.interrupts.poll():
             batch = next(batches)
             result = engine.train_step(batch, learning_rate(state.step, config.optim, every.steps))

@@ -277,7 +277,8 @@ class TrainConfig:
     nonfinite: NonFinite = NonFinite.stop
     """A NaN or infinite loss or gradient stops the run, or skips that step's update."""
     profile_steps: int = 0
-    """Profile this many steps after the tenth and write the MFU waterfall into the run folder. 0: off."""
+    """Profile this many steps, some time after the tenth (in a shorter run: its last ones), and write where their time
+    goes into the run folder: waterfall.json and .png. 0: off."""
 
 
 @dataclass

@@ -7,8 +7,8 @@ record of what happens. `train.py` holds the loop and calls the verbs below.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
@@ -32,12 +32,14 @@ from training.hardware import Peak, device_peak
 from training.logging import RunLogger, system_info
 from training.metrics import Throughput, ThroughputMeter
 from training.plot import plot_curves
+from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
 from training.resume import resume
 from training.schedule import learning_rate
 from training.session import Session
 from training.state import TrainState
 from training.summary import summarise
+from training.waterfall import Report, TraceError
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 50
@@ -60,6 +62,8 @@ class Trainer:
         self.started = time.monotonic()
         self.validated_at = -1
         self.last: StepResult | None = None
+        self.report: Report | None = None
+        """Where the time of a step goes, once `train.profile_steps` have been profiled."""
         self.cleanup = ExitStack()
 
     def __enter__(self) -> Self:
@@ -99,6 +103,8 @@ class Trainer:
         self.logger = self._logger()
         self.state.wandb_id = self.logger.wandb_id
         self.meter = self._meter()
+        self.profiler = self._profiler()
+        stack.callback(self.profiler.close)
         self.progress = Progress(
             session.terminal, config.train.steps, initial_step=self.state.step, mode=config.logging.progress
         )
@@ -149,6 +155,18 @@ class Trainer:
             remeasure=(lambda: self._measure_peak().tflops) if measured else None,
         )
 
+    def _profiler(self) -> StepProfiler:
+        return StepProfiler(
+            self.config,
+            self.model_config,
+            self.plan,
+            self.engine,
+            self.peak,
+            self.session.folder,
+            self.meter,
+            steps_left=self.config.train.steps - self.state.step,
+        )
+
     def _say_what_runs(self) -> None:
         config, plan, world = self.config, self.plan, self.processes.world_size
         count = parameter_counts(self.model_config).total
@@ -169,8 +187,19 @@ class Trainer:
                 f"optim.warmup_steps={config.optim.warmup_steps} is not below train.steps={config.train.steps}: "
                 "the learning rate never reaches its peak"
             )
+        if self.profiler.problem:
+            self.session.terminal.warn(self.profiler.problem)
         if self.logger.wandb_note:
             say(f"wandb {self.logger.wandb_note}")
+
+    def batches(self) -> Generator[GlobalBatch, None, None]:
+        """Global batches from where the run stands, without end."""
+        with closing(self.loader.batches(self.state.consumed_samples)) as source:
+            while True:
+                self.profiler.begin_step()
+                with self.profiler.waiting():
+                    batch = next(source)
+                yield batch
 
     def advance(self, batch: GlobalBatch, result: StepResult) -> None:
         """Count a finished step. Raises `UserError` if it wasn't finite, unless such steps are skipped."""
@@ -183,8 +212,31 @@ class Trainer:
         if result.finite:
             state.last_loss = result.loss
         self.last = result
-        self.meter.step(batch.valid_tokens, batch.wait_s)
+        if not self.profiler.running:
+            self.meter.step(batch.valid_tokens, batch.wait_s)
+        self._end_profiled_step()
         self.progress.advance(state.step)
+
+    def _end_profiled_step(self) -> None:
+        """Say and show what the profile found, once its last step is done."""
+        try:
+            report = self.profiler.end_step()
+        except (TraceError, OSError) as error:  # the run itself is sound
+            self.session.terminal.warn(f"There is no waterfall of this run: {error}")
+            return
+        if report is None:
+            return
+        self.report = report
+        with self._aside():
+            picture = self.session.folder.path / PICTURE
+            self.session.terminal.say(f"{report.num_steps} steps profiled; {short_path(picture)}: where the time goes")
+            self.logger.log_image(self.state.step, "waterfall", picture)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens inside is no part of a step, in the metrics and in a profile."""
+        with self.meter.excluded(), self.profiler.excluded():
+            yield
 
     def _nonfinite(self, result: StepResult) -> None:
         what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
@@ -208,7 +260,7 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Write the metrics of the interval that ends with this step."""
-        with self.meter.excluded():
+        with self._aside():
             self._log(result, self.meter.report())
 
     def _log(self, result: StepResult, throughput: Throughput | None) -> None:
@@ -232,7 +284,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validation loss and a sample of text. A signal in between ends it without a result."""
-        with self.meter.excluded(), self.progress.status("evaluating"):
+        with self._aside(), self.progress.status("evaluating"):
             loss_sum, tokens = self.engine.evaluate(self._evaluation_batches())
             if self.session.interrupts.poll():
                 return
@@ -301,7 +353,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last finished step."""
-        with self.meter.excluded(), self.progress.status("saving"):
+        with self._aside(), self.progress.status("saving"):
             checkpoint.save(
                 self.engine,
                 self.state,
@@ -321,7 +373,7 @@ class Trainer:
         if train.save_every and self.saved_at != state.step:
             self.save()
         if self.last is not None:
-            with self.meter.excluded():
+            with self._aside():
                 self._plot()
         self.meter.report()  # what the last log line didn't cover
         self.cleanup.close()

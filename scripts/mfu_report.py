@@ -1,0 +1,88 @@
+"""Where the FLOPs of a training step go: a waterfall from 100 % MFU down to what is reached.
+
+    python scripts/mfu_report.py experiment=gpt3_2b7_8k train.global_batch_size=8 train.profile_steps=4
+    torchrun --nproc_per_node 8 scripts/mfu_report.py experiment=gpt3_1b3_2k engine=zero2
+
+Takes the keys of train.py and trains with them, without evaluation, checkpoints and wandb, until `train.profile_steps`
+steps are profiled (default: 4). A few micro-batches a step are enough: a profile grows with their number. Prints each
+part of a step with its time, its rate and its share of what is lost, and the three changes of the config that would
+win most of it back. Leaves `waterfall.json`, `waterfall.png` and the run's own files (`profiled/`) in the run folder.
+docs/waterfall.md says what the parts mean. With several ranks the first one is reported.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs import launch
+from configs.errors import UserError
+from configs.schema import RunConfig, Toggle, WandbMode
+from training.profile import PICTURE, REPORT, SETTLED_STEPS, TRACE
+from training.report import wide_console
+from training.run import run_folder
+from training.schedule import learning_rate
+from training.session import Session, open_session
+from training.trainer import Trainer
+from training.waterfall.show import lines_of, table_of
+
+DEFAULT_STEPS = 4
+PROFILED = "profiled"
+"""Folder of the run, inside the report's."""
+
+
+def main(config: RunConfig) -> int:
+    """Profile, print the table, write the files."""
+    folder = run_folder(config).path
+    with open_session(quiet(config, folder)) as session:
+        with Trainer(session) as trainer:
+            train_until_profiled(session, trainer)
+        if not session.processes.is_main:
+            return 0
+        report = trainer.report
+        stopped = session.interrupts.exit_code
+    if report is None:
+        if stopped:
+            return stopped
+        raise UserError(f"Nothing was profiled; {folder / PROFILED / 'run.log'} says more.")
+    for name in (REPORT, PICTURE, TRACE):
+        shutil.move(folder / PROFILED / name, folder / name)
+    console = wide_console()
+    console.print(table_of(report))
+    console.print("\n".join(lines_of(report)), markup=False, soft_wrap=True)
+    console.print(f"{folder / REPORT}\n{folder / PICTURE}", markup=False, soft_wrap=True)
+    return 0
+
+
+def quiet(config: RunConfig, folder: Path) -> RunConfig:
+    """The run that is profiled: the same steps, and nothing between them."""
+    steps = config.train.profile_steps or DEFAULT_STEPS
+    train = replace(
+        config.train,
+        profile_steps=steps,
+        steps=max(config.train.steps, SETTLED_STEPS + 1 + steps),
+        eval_every=0,
+        save_every=0,
+    )
+    logging = replace(config.logging, wandb=WandbMode.disabled, progress=Toggle.off, plot=False)
+    return replace(config, train=train, logging=logging, run_dir=str(folder / PROFILED), resume="never")
+
+
+def train_until_profiled(session: Session, trainer: Trainer) -> None:
+    """The loop of train.py, up to the report."""
+    config, state = session.config, trainer.state
+    last = SETTLED_STEPS + 1 + config.train.profile_steps
+    with closing(trainer.batches()) as batches:
+        while state.step < last and not session.interrupts.poll():
+            batch = next(batches)
+            result = trainer.engine.train_step(batch, learning_rate(state.step, config.optim, config.train.steps))
+            trainer.advance(batch, result)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,226 @@
+"""`train.profile_steps`: profile some steps of a run, and write its waterfall into the run folder.
+
+    waterfall.json    every part of a step: time, rate, share of what is lost; remedies
+    waterfall.png     the same as a picture
+    trace.json.gz     the profile itself, for chrome://tracing or ui.perfetto.dev
+
+The steps come late enough that kernels are compiled and the meter has steps to compare with. One more step warms the
+profiler up, then the device is waited for, so that the window of the profiled steps begins and ends with an idle device
+and holds all of their work. What isn't training is marked and left out. Profiled steps are slower: none of the run's
+metrics counts them. With several ranks, rank 0 profiles itself.
+
+Annotations around the optimizer and the backward pass are put on when the profiler starts and taken off when it stops,
+so that a run without a profile has none.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import training.engine as engine_module
+from configs.schema import ModelConfig, RunConfig
+from model import resolve_attention
+from training.backend import DTYPES, should_compile
+from training.batch import BatchPlan
+from training.engine import Engine
+from training.hardware import Peak
+from training.metrics import ThroughputMeter
+from training.report import about, write_json
+from training.run import RunFolder
+from training.waterfall import Report, Setting, TraceError, Unprofiled, account, build_report, read_trace
+from training.waterfall.show import draw
+from training.waterfall.trace import BACKWARD, DATA_WAIT, EXCLUDED, OPTIMIZER, WINDOW
+
+SETTLED_STEPS: Final = 10
+"""Steps of this process before the profiler starts, where the run is long enough."""
+LEAST_SETTLED_STEPS: Final = 3
+"""Fewer won't do: two compile and allocate, one is there to compare with."""
+REPORT, PICTURE, TRACE = "waterfall.json", "waterfall.png", "trace.json.gz"
+
+
+class StepProfiler:
+    """Profiles steps of a run; does nothing where `train.profile_steps` is 0 and on ranks other than 0.
+
+    before each step: begin_step()
+    around the wait for its batch: waiting()
+    after each step: end_step()        a report once the last profiled step is done
+    around what isn't training: excluded()
+    at the end: close()
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ModelConfig,
+        plan: BatchPlan,
+        engine: Engine,
+        peak: Peak,
+        folder: RunFolder,
+        meter: ThroughputMeter,
+        steps_left: int,
+    ) -> None:
+        """`model`: the config's, with its vocabulary; `steps_left`: steps that this process is going to make."""
+        self.engine, self.folder, self.meter = engine, folder.path, meter
+        self.setting = setting_of(config, model, plan, engine, peak)
+        self.num_steps = config.train.profile_steps if engine.processes.is_main else 0
+        self.settled = min(SETTLED_STEPS, steps_left - self.num_steps - 1)
+        self.done = 0
+        self.running = False
+        """From the profiler's start to its end: these steps are not to be counted in the run's metrics."""
+        self._unprofiled: Unprofiled | None = None
+        self._cleanup = ExitStack()
+        self._window = ExitStack()
+
+    @property
+    def problem(self) -> str:
+        """Why there won't be a profile though one is asked for; empty if there will."""
+        if self.num_steps == 0 or self.settled >= LEAST_SETTLED_STEPS:
+            return ""
+        needed = LEAST_SETTLED_STEPS + 1 + self.num_steps
+        left = self.settled + self.num_steps + 1
+        return (
+            f"train.profile_steps={self.num_steps} needs {needed} steps, and {left} are left to do: there will be no "
+            "profile; raise train.steps."
+        )
+
+    def begin_step(self) -> None:
+        """Before a step's batch is asked for: start the profiler, or open the window, if it is time."""
+        if self.num_steps == 0 or self.problem:
+            return
+        if self.done == self.settled:
+            self._start()
+        elif self.done == self.settled + 1:
+            self._synchronize()
+            self._window.enter_context(record_function(WINDOW))
+
+    def end_step(self) -> Report | None:
+        """After a step: the report if it was the last one to profile. Raises `TraceError` if nothing was recorded."""
+        self.done += 1
+        if not self.running or self.done < self.settled + 1 + self.num_steps:
+            return None
+        self._synchronize()
+        self._window.close()
+        return self._finish()
+
+    def waiting(self) -> AbstractContextManager[Any]:
+        """Around the wait for a batch."""
+        return record_function(DATA_WAIT) if self.running else nullcontext()
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Around what isn't training; while profiling, the device has finished before and after."""
+        if not self.running:
+            yield
+            return
+        self._synchronize()
+        with record_function(EXCLUDED):
+            yield
+            self._synchronize()
+
+    def close(self) -> None:
+        """Stop a profile that isn't finished; nothing is written."""
+        self._window.close()
+        self._cleanup.close()
+        self.running = False
+
+    def _start(self) -> None:
+        self.meter.report()  # so that the total below has every step so far
+        total = self.meter.total()
+        if total is not None:
+            self._unprofiled = Unprofiled(total.num_steps, total.step_time_median_s, total.mfu, total.mfu_causal)
+        activities = [ProfilerActivity.CPU]
+        if self.setting.on_device:
+            activities.append(ProfilerActivity.CUDA)
+        self.profiler = profile(activities=activities)
+        self.profiler.start()
+        self._cleanup.callback(self.profiler.stop)
+        self._cleanup.enter_context(annotated(self.engine, "update", OPTIMIZER))
+        self._cleanup.enter_context(annotated(engine_module, "gradient_squares", OPTIMIZER))
+        self._cleanup.enter_context(annotated(self.engine.deepspeed, "backward", BACKWARD))
+        self.running = True
+
+    def _finish(self) -> Report:
+        self._cleanup.close()
+        self.running = False
+        try:
+            trace = self.folder / TRACE
+            self.profiler.export_chrome_trace(str(trace))
+            del self.profiler  # its events take memory
+            accounted = account(read_trace(trace), on_device=self.setting.on_device)
+            report = build_report(accounted, self.num_steps, self.setting, self._unprofiled)
+            write_report(report, self.folder)
+        finally:
+            self.meter.start()
+        return report
+
+    def _synchronize(self) -> None:
+        if self.setting.on_device:
+            torch.cuda.synchronize(self.engine.device)
+
+
+def setting_of(config: RunConfig, model: ModelConfig, plan: BatchPlan, engine: Engine, peak: Peak) -> Setting:
+    """What a report says was profiled."""
+    device = engine.device
+    return Setting(
+        config=replace(config, model=model),
+        plan=plan,
+        precision=engine.precision,
+        attention=resolve_attention(model, device, DTYPES[engine.precision]),
+        compiled=should_compile(config.engine, device),
+        world_size=engine.processes.world_size,
+        on_device=device.type == "cuda",
+        peak_tflops=peak.tflops,
+        peak_source=f"{peak.source}: {peak.note}",
+        device_name=peak.device_name,
+        memory_gb_per_s=memory_bandwidth(device),
+    )
+
+
+def memory_bandwidth(device: torch.device) -> float | None:
+    """10^9 bytes a second of a GPU's memory: two transfers a clock on every line of its bus. None where the driver or
+    this PyTorch doesn't say, and on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if not hasattr(properties, "memory_clock_rate"):
+        return None
+    found: float = 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8 / 1e9  # kHz, bits
+    return found or None
+
+
+@contextmanager
+def annotated(owner: Any, name: str, annotation: str) -> Iterator[None]:
+    """While inside, calls of `owner.name` are recorded under `annotation`. `owner` is a module or an instance."""
+    original, own = getattr(owner, name), name in vars(owner)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with record_function(annotation):
+            return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """`waterfall.json` and `waterfall.png` in `folder`."""
+    facts = about([Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_json(folder / REPORT, {**facts, **report.to_json()})
+    draw(report, folder / PICTURE)
+
+
+__all__ = ["PICTURE", "REPORT", "TRACE", "StepProfiler", "TraceError", "annotated", "write_report"]

@@ -1,0 +1,86 @@
+"""What each part of a step has to do at least, on one rank: FLOPs of the model, bytes through memory or the network.
+
+FLOPs are `model.flops`'s: products with weights, and attention to visible keys, a third of it forward and two thirds
+backward (4 and 8 of 12·H·D operations a query and key). Recomputed work counts nowhere.
+
+Bytes are analytic: what a perfectly fused implementation would move, e bytes an element, and not what was moved. A rate
+made of them tells how far a part is from the memory's own; it is low where a part makes passes that it needn't.
+
+    norms and residuals   (2L+1) times: read x and f, write x+f and its norm; backward: read dy, x, dx', write dx
+    activations           forward read and write M; backward read dy and the input, write its gradient; gated: 8 M
+    loss                  the logits, read once and their gradient written
+    accumulation          a pass over all gradients a micro-batch: read e, read and write the sum
+    optimizer             gradient, master and two moments read, the last three written, the weight written: 28 + e
+    communication         ring collectives: (W-1)/W of what is reduced, scattered or gathered
+
+E width, M MLP width, L layers, V vocabulary with padding, W ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.schema import Activation, EngineConfig, ModelConfig, Precision
+from model.dimensions import resolve_dimensions
+from model.flops import FlopsPerToken, flops_per_token, parameter_counts
+from training.waterfall.names import Category
+
+ELEMENT_BYTES = {Precision.bf16: 2, Precision.fp16: 2, Precision.fp32: 4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step's work on one rank."""
+
+    tokens: int
+    """Tokens of this rank's micro-batches."""
+    flops_per_token: FlopsPerToken
+    flops: dict[Category, float]
+    """Operations of the parts that are counted in MFU, attention causally."""
+    least_bytes: dict[Category, float]
+
+
+def work_of(
+    model: ModelConfig, engine: EngineConfig, precision: Precision, *, tokens: int, accumulation: int, world_size: int
+) -> Work:
+    """The work of one step: this rank's `tokens` tokens in `accumulation` micro-batches; `model` has its vocabulary."""
+    per_token = flops_per_token(model)
+    flops = {
+        Category.matmul: tokens * per_token.matmul,
+        Category.attention_forward: tokens * per_token.attention_causal / 3,
+        Category.attention_backward: tokens * per_token.attention_causal * 2 / 3,
+    }
+    element = ELEMENT_BYTES[precision]
+    least = {kind: float(tokens * element * count) for kind, count in _activation_elements(model).items()}
+    least |= _weight_bytes(model, engine, element, accumulation, world_size)
+    return Work(tokens, per_token, flops, least)
+
+
+def _activation_elements(model: ModelConfig) -> dict[Category, int]:
+    """Elements a token that must be read or written."""
+    sizes = resolve_dimensions(model)
+    gated = model.activation is Activation.swiglu
+    return {
+        Category.norms: (2 * sizes.num_layers + 1) * 8 * sizes.width,
+        Category.activations: sizes.num_layers * sizes.mlp_width * (8 if gated else 5),
+        Category.loss: 2 * sizes.padded_vocab_size,
+    }
+
+
+def _weight_bytes(
+    model: ModelConfig, engine: EngineConfig, element: int, accumulation: int, world_size: int
+) -> dict[Category, float]:
+    """Bytes that go with the weights: their gradients' sum, their update, their way between ranks."""
+    count = parameter_counts(model).total
+    total = 4 if engine.fp32_accumulation or element == 4 else element  # bytes of a gradient's sum
+    shards = world_size if engine.zero_stage > 0 else 1
+    result = {
+        Category.accumulation: float(count * (element + 2 * total) * accumulation),
+        Category.optimizer: count * (28 + element) / shards,
+    }
+    if world_size > 1:
+        gradients = accumulation if engine.zero_stage >= 2 else 1  # reductions a step
+        gathers = {0: 0, 1: 1, 2: 1, 3: 2 * accumulation}[engine.zero_stage]
+        reduced = total * gradients * (2 if engine.zero_stage == 0 else 1)  # all-reduce: scatter and gather
+        result[Category.communication] = count * (world_size - 1) / world_size * (reduced + gathers * element)
+    return result
