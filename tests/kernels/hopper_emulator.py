@@ -98,6 +98,10 @@ class Shared:
     def __init__(self, data: Tensor) -> None:
         self.data = data
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
     def index(self, i: int) -> Shared:
         return Shared(self.data[int(i)])
 

@@ -182,6 +182,31 @@ def test_three_warpgroups_and_shared_output_buffer(
 
 
 @NEEDS_INTERPRETER
+@pytest.mark.parametrize("stages", [(1, 1), (2, 2), (3, 1), (2, 3)])
+def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every depth of the rings, with and without lookahead, to the bit: the sums are formed in the same order."""
+    case = Case(((500, 140),), heads=6, heads_k=2, right=0)
+    q, k, v, dout, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras)
+
+    def gradients() -> list[Tensor]:
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras)
+        return grads
+
+    want = gradients()
+    for lookahead in (False, True) if stages[0] > 1 else (False,):
+        monkeypatch.setitem(tuning.BACKWARD, 64, tuning.BackwardTile(*stages, lookahead))
+        for a, b in zip(gradients(), want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_lookahead_with_one_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match="q_stages"):
+        tuning.BackwardTile(1, 2, lookahead=True)
+
+
+@NEEDS_INTERPRETER
 def test_strided_inputs_and_packed_gradients(emulated: None) -> None:
     """q, k, v and their gradients are slices of packed tensors; the neighbours of a slice stay untouched."""
     torch.manual_seed(0)

@@ -88,6 +88,7 @@ def backward_source(width: int, tile: tuning.BackwardTile, dtype: str, mask: str
         "D": width,
         "STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
+        "LOOKAHEAD": tile.lookahead,
         "VARLEN": varlen,
         "LEFT": left,
         "RIGHT": right,

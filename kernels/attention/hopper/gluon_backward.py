@@ -195,29 +195,88 @@ def in_register_order(dq, D: gl.constexpr):
 
 
 @gluon.jit
+def query_block(
+    step, mb, dk, dv, bufs, bars, place, scale_log2,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """Adds one query block to dK and dV and hands its dQ over; returns (dK, dV).
+
+    S, dP | P while dP runs | dV issued | dS and its store while dV runs | dQ, dK issued | dQ handed over while dK runs.
+    LOOKAHEAD: dK is returned unfinished, and finished (for all blocks but the FIRST) behind S of the next block.
+    """
+    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
+    q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
+    nb, Sq, Sk, begin, end, wl, wr = place
+    DTYPE: gl.constexpr = k_buf.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 16])  # Sᵀ, dPᵀ [BN, BM]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [BN, D]
+    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])  # dQ [BM, D], split by columns
+    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
+    COL: gl.constexpr = gl.SliceLayout(0, TL)
+    zero_t = gl.zeros((BN, BM), gl.float32, TL)
+    zero_q = gl.zeros((BM, D), gl.float32, QL)
+    k = k_buf.reshape((BN, D))
+    v = v_buf.reshape((BN, D))
+    q_stage = step % STAGES
+    do_stage = step % DO_STAGES
+    q = q_buf.index(q_stage).reshape((BM, D))
+    do = do_buf.index(do_stage).reshape((BM, D))
+    mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
+    s = warpgroup_mma(k, q.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+    if LOOKAHEAD and not FIRST:
+        dk = warpgroup_mma_wait(1, deps=(dk,))
+        mbarrier.arrive(q_empty.index((step - 1) % STAGES), count=1)
+    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
+    dp = warpgroup_mma(v, do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    if (mb * BM < begin) | (mb * BM + BM > end):
+        delta_n = mb * BM - nb * BN + Sk - Sq
+        s = masked_scores(s, delta_n, Sk - nb * BN, wl, wr, BM, BN, LEFT, RIGHT, TL)
+    lse = lse_buf.index(q_stage).reshape((BM,)).load(COL)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
+    p_left = gl.convert_layout(p.to(DTYPE), AL)
+    dv_next = warpgroup_mma(p_left, do, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    delta = delta_buf.index(do_stage).reshape((BM,)).load(COL)
+    ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+    ds_buf.permute((1, 0)).store(ds)
+    fence_async_shared()
+    partition_barrier()  # both warpgroups' halves of dS are there
+    dq = warpgroup_mma(ds_buf, k, zero_q, use_acc=False, is_async=True)
+    dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
+    dv = warpgroup_mma_wait(2, deps=(dv_next,))
+    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    dq = warpgroup_mma_wait(1, deps=(dq,))
+    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
+    dq_buf.store(in_register_order(dq, D))
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(0), count=1)
+    if LOOKAHEAD:
+        return dk_next, dv
+    else:
+        dk = warpgroup_mma_wait(0, deps=(dk_next,))
+        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        return dk, dv
+
+
+@gluon.jit
 def backward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and a part of dQ.
-
-    Per query block: S, dP | P while dP runs | dV issued | dS and its store while dV runs | dQ, dK issued | dQ
-    to the reducer while dK runs.
-    """
+    """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
     dk_desc = descs[7]
     dv_desc = descs[8]
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
-    q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty = bars
+    k_buf = bufs[1]
+    v_buf = bufs[2]
+    kv_full = bars[4]
     sched, cu_q, cu_k = ptrs
     num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
     wl, wr = window
     DTYPE: gl.constexpr = dk_desc.dtype
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 16])  # Sᵀ, dPᵀ [BN, BM]
     KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [BN, D]
-    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
-    COL: gl.constexpr = gl.SliceLayout(0, TL)
-    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])  # dQ [BM, D], split by columns
     t = gl.program_id(0)
     if VARLEN:
         num_tiles = gl.load(sched + 1) * num_heads_k
@@ -231,47 +290,45 @@ def backward_consumer(
         v = v_buf.reshape((BN, D))
         dk = gl.zeros((BN, D), gl.float32, KL)
         dv = gl.zeros((BN, D), gl.float32, KL)
-        zero_t = gl.zeros((BN, BM), gl.float32, TL)
-        zero_q = gl.zeros((BM, D), gl.float32, QL)
         mbarrier.wait(kv_full.index(0), 0)
         mbarrier.wait(kv_full.index(1), 0)
-        step = 0
-        for _ in range(group):
-            for mb in range(lo, hi):
-                q_stage = step % STAGES
-                do_stage = step % DO_STAGES
-                q = q_buf.index(q_stage).reshape((BM, D))
-                do = do_buf.index(do_stage).reshape((BM, D))
-                mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
-                s = warpgroup_mma(k, q.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-                mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
-                dp = warpgroup_mma(v, do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                if (mb * BM < begin) | (mb * BM + BM > end):
-                    delta_n = mb * BM - nb * BN + Sk - Sq
-                    s = masked_scores(s, delta_n, Sk - nb * BN, wl, wr, BM, BN, LEFT, RIGHT, TL)
-                lse = lse_buf.index(q_stage).reshape((BM,)).load(COL)
-                p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
-                p_left = gl.convert_layout(p.to(DTYPE), AL)
-                dv_next = warpgroup_mma(p_left, do, dv, is_async=True)
-                dp = warpgroup_mma_wait(1, deps=(dp,))
-                delta = delta_buf.index(do_stage).reshape((BM,)).load(COL)
-                ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
-                ds_buf.permute((1, 0)).store(ds)
-                fence_async_shared()
-                partition_barrier()  # both warpgroups' halves of dS are there
-                dq = warpgroup_mma(ds_buf, k, zero_q, use_acc=False, is_async=True)
-                dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
-                dv = warpgroup_mma_wait(2, deps=(dv_next,))
-                mbarrier.arrive(do_empty.index(do_stage), count=1)
-                dq = warpgroup_mma_wait(1, deps=(dq,))
-                mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
-                dq_buf.store(in_register_order(dq, D))
-                fence_async_shared()
-                mbarrier.arrive(dq_full.index(0), count=1)
+        place = (nb, Sq, Sk, begin, end, wl, wr)
+        blocks = hi - lo
+        steps = group * blocks
+        if LOOKAHEAD:
+            if steps > 0:
+                dk_next, dv = query_block(
+                    0, lo, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True
+                )
+                for step in range(1, steps):
+                    mb = lo + step % blocks
+                    dk_next, dv = query_block(
+                        step, mb, dk_next, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
+                        True, False,
+                    )  # fmt: skip
                 dk = warpgroup_mma_wait(0, deps=(dk_next,))
-                mbarrier.arrive(q_empty.index(q_stage), count=1)
-                step += 1
+        else:
+            for step in range(steps):
+                mb = lo + step % blocks
+                dk, dv = query_block(
+                    step,
+                    mb,
+                    dk,
+                    dv,
+                    bufs,
+                    bars,
+                    place,
+                    scale_log2,
+                    BM,
+                    BN,
+                    D,
+                    STAGES,
+                    DO_STAGES,
+                    LEFT,
+                    RIGHT,
+                    False,
+                    False,
+                )
         # K and V are dead: their buffers stage dK and dV.
         v.store(dv.to(DTYPE))
         k.store((dk * scale).to(DTYPE))
@@ -298,7 +355,7 @@ def backward_kernel(
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -338,7 +395,7 @@ def backward_kernel(
     window = (wl, wr)
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT)),
+                             VARLEN, LEFT, RIGHT, LOOKAHEAD)),
         (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT)),
         (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT)),
     ], [1, 1], [24, 24])  # fmt: skip

@@ -343,6 +343,7 @@ def _dkdv(
         D=call.width,
         STAGES=tile.q_stages,
         DO_STAGES=tile.do_stages,
+        LOOKAHEAD=tile.lookahead,
         VARLEN=call.varlen,
         LEFT=params.window_left >= 0,
         RIGHT=params.window_right >= 0,

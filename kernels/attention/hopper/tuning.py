@@ -33,6 +33,12 @@ class BackwardTile:
     """Depth of the Q ring."""
     do_stages: int
     """Depth of the dO ring."""
+    lookahead: bool
+    """dK of one block is finished behind S of the next; needs registers that only D = 64 leaves."""
+
+    def __post_init__(self) -> None:
+        if self.lookahead and self.q_stages < 2:
+            raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
 
 BLOCK_M_BACKWARD = 64
@@ -47,8 +53,8 @@ FORWARD: dict[int, ForwardTile] = {
 """Padded head dim -> forward tile."""
 
 BACKWARD: dict[int, BackwardTile] = {
-    64: BackwardTile(q_stages=2, do_stages=2),
-    128: BackwardTile(q_stages=2, do_stages=2),
+    64: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
+    128: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
 }
 """Padded head dim -> backward tile."""
 

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,16 +212,18 @@ def launch_variants() -> Iterator[Check]:
         tuning.ForwardTile(128, 128, 2, 240, own_o=False, pingpong=True),
         tuning.ForwardTile(128, 128, 3, 240, own_o=True, pingpong=False),
     ):
-        yield f"{tile}", lambda tile=tile: with_tile(64, tile, case)
+        yield f"{tile}", lambda tile=tile: with_tile(tuning.FORWARD, 64, tile, case)
+    for backward_tile in (tuning.BackwardTile(3, 3, lookahead=False), tuning.BackwardTile(2, 2, lookahead=True)):
+        yield f"{backward_tile}", lambda tile=backward_tile: with_tile(tuning.BACKWARD, 64, tile, case)
 
 
-def with_tile(width: int, tile: tuning.ForwardTile, case: Case) -> None:
-    before = tuning.FORWARD[width]
-    tuning.FORWARD[width] = tile
+def with_tile(table: dict[int, Any], width: int, tile: Any, case: Case) -> None:
+    before = table[width]
+    table[width] = tile
     try:
         check_dense(case)
     finally:
-        tuning.FORWARD[width] = before
+        table[width] = before
 
 
 def systems() -> Iterator[Check]:
