@@ -218,9 +218,15 @@ def annotated(owner: Any, name: str, annotation: str) -> Iterator[None]:
 
 def write_report(report: Report, folder: Path) -> None:
     """`waterfall.json` and `waterfall.png` in `folder`."""
-    facts = about([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = about([program(), *sys.argv[1:]])
     write_json(folder / REPORT, {**facts, **report.to_json()})
     draw(report, folder / PICTURE)
+
+
+def program() -> str:
+    """The script that runs, from the repository's root."""
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    return str(script.relative_to(root)) if script.is_relative_to(root) else script.name
 
 
 __all__ = ["PICTURE", "REPORT", "TRACE", "StepProfiler", "TraceError", "annotated", "write_report"]

@@ -132,6 +132,7 @@ _ATTENTION_PREFIXES = (
     "aten::_efficient_attention",
 )
 _AUTOGRAD = "autograd::engine::evaluate_function"
+_COMPILED_GRAPH = "## Call CompiledFxGraph"
 _LOSS_NODE = "_LinearCrossEntropy"
 
 
@@ -170,6 +171,8 @@ def classify_operator(stack: tuple[str, ...]) -> Category | None:
         return C.matmul
     if stack[0] in (WINDOW, BACKWARD):
         return C.host
+    if stack[0].startswith(_COMPILED_GRAPH):  # its loops are one call; the operators that aren't fused show in it
+        return C.elementwise
     return _by_scope(stack) or category or (None if unknown else C.host)
 
 

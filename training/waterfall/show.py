@@ -92,17 +92,20 @@ def _overhead(report: Report) -> str:
 def rate(part: Part) -> str:
     """TFLOP/s of parts with FLOPs, else GB/s if there is a count of bytes."""
     if part.tflops is not None:
-        return f"{part.tflops:,.3g} TFLOP/s"
-    return "" if part.least_gb_per_s is None else f"{part.least_gb_per_s:,.3g} GB/s"
+        return f"{digits(part.tflops)} TFLOP/s"
+    return "" if part.least_gb_per_s is None else f"{digits(part.least_gb_per_s)} GB/s"
+
+
+def digits(value: float) -> str:
+    """Three digits or more: `0.0437`, `1.40`, `123`, `2,604`."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".removesuffix(".")
 
 
 def duration(seconds: float) -> str:
     """Three digits or more, in milliseconds below 10 s."""
     if seconds >= 10:
         return f"{seconds:.2f} s"
-    milliseconds = 1e3 * seconds
-    text = f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:#.3g}"
-    return f"{text.removesuffix('.')} ms"
+    return f"{digits(1e3 * seconds)} ms"
 
 
 def short(name: str) -> str:
@@ -148,7 +151,7 @@ def _draw_times(axes: Axes, report: Report) -> None:
             axes.barh(row, part.time_s * 1e3 * part.tflops / peak, color=_AT_PEAK, height=0.72)
         text = "  ".join(filter(None, (duration(part.time_s), f"{part.share:.1%}", rate(part))))
         axes.text(part.time_s * 1e3 + 0.01 * longest, row, text, va="center", fontsize=8, color=_TEXT)
-    axes.set_xlim(0, 1.55 * longest)
+    axes.set_xlim(0, 1.65 * longest)
     axes.set_xlabel("ms a step; dark: the time at the peak")
 
 
@@ -168,6 +171,6 @@ def _draw_fall(axes: Axes, report: Report) -> None:
     axes.barh(last, left, color=_REACHED, height=0.72)
     mfu = f"{left:.1f} % counting attention causally, {100 * report.mfu:.1f} % in full"
     axes.text(max(left, 0) + 1, last, mfu, va="center", fontsize=8, color=_TEXT)
-    axes.set_xlim(0, 128)
+    axes.set_xlim(0, 134)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("MFU, % of the peak")
