@@ -10,6 +10,7 @@ checkpoint of step 0 with fresh optimizer moments; the keys of `train.py` that d
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from model import build_model
 from model.convert import import_hf
 from training import checkpoint, rng
 from training.optimizer import LossScale
+from training.run import TOKENIZER
 from training.state import TrainState
 
 
@@ -40,6 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"{place} has no tokenizer.json; give one with --tokenizer")
     tokenizer, separator = fetch_tokenizer(str(place), Path())
     written = write_checkpoint(config, state, arguments.folder, inspect_tokenizer(tokenizer, separator).hash)
+    shutil.copyfile(place if place.is_file() else place / TOKENIZER, arguments.folder / TOKENIZER)
     print(f"{arguments.source} is now {written}")
     keys = " ".join(overrides(config))
     print(f"Next: python train.py {keys} data.tokenizer={place} resume={arguments.folder} name=NAME")

@@ -25,7 +25,8 @@ from configs.errors import UserError
 from configs.messages import plain
 from configs.schema import RunConfig
 
-OURS = ("config.yaml", "metrics.jsonl", "curves.png", "checkpoints", "wandb", "run.log")
+TOKENIZER = "tokenizer.json"
+OURS = ("config.yaml", "metrics.jsonl", "curves.png", TOKENIZER, "checkpoints", "wandb", "run.log")
 """What a run writes; anything else in the folder is the user's and stays."""
 
 
@@ -46,6 +47,10 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / TOKENIZER
 
     @property
     def checkpoints(self) -> Path:

@@ -76,6 +76,7 @@ def next_steps(config: RunConfig, folder: RunFolder, stopped: bool) -> Sequence[
     return [
         ("train longer", f"{this} train.steps={config.train.steps * 2}"),
         ("start anew", f"{this} resume=never"),
+        ("let it write", f"python scripts/sample.py {shlex.quote(place)}"),
         ("compare attention", "python scripts/compare_attention.py compare.steps=20"),
         ("your own text", "python train.py name=mine data=text data.path='FOLDER/*.txt'"),
         ("a real model", "torchrun --nproc_per_node 8 train.py experiment=gpt2_124m"),

@@ -6,6 +6,7 @@ record of what happens. `train.py` holds the loop and calls the verbs below.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -88,6 +89,8 @@ class Trainer:
         with show_progress(session.terminal.console) as report:
             self.corpus = prepare(config.data, report)
         self.tokenizer = load_tokenizer(self.corpus)
+        if processes.is_main:
+            shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
         self.model_config = replace(config.model, vocab_size=vocabulary(config, self.corpus))
         self.plan = resolve_batch(config.train, processes.world_size)
         self.loader = self._loader()

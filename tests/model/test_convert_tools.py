@@ -16,6 +16,7 @@ from model import build_model
 from model.convert import export_hf
 from scripts import export_hf as export_tool
 from scripts import import_hf as import_tool
+from scripts import sample as sample_tool
 from tests.model.small import LLAMA, small
 from training.checkpoint import find_checkpoint, load_weights
 
@@ -71,3 +72,17 @@ def test_what_cannot_be_is_said(published: Path, tmp_path: Path) -> None:
     (published / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         import_tool.main(import_tool.parse([str(published), str(tmp_path / "again")]))
+
+
+@pytest.mark.parametrize("published", MODELS[1:], indirect=True)
+def test_sampling_from_a_checkpoint(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_tool.main(import_tool.parse([str(published), str(tmp_path / "imported")]))
+    capsys.readouterr()
+    arguments = [str(tmp_path / "imported"), "--prompt", "def", "--tokens", "12", "--number", "2", "--device", "cpu"]
+    texts = []
+    for seed in ("0", "0", "1"):
+        sample_tool.main(sample_tool.parse([*arguments, "--seed", seed]))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].count("def") >= 2
+    assert "2 of 2" in texts[0]
