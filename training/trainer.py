@@ -89,8 +89,6 @@ class Trainer:
         with show_progress(session.terminal.console) as report:
             self.corpus = prepare(config.data, report)
         self.tokenizer = load_tokenizer(self.corpus)
-        if processes.is_main:
-            shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
         self.model_config = replace(config.model, vocab_size=vocabulary(config, self.corpus))
         self.plan = resolve_batch(config.train, processes.world_size)
         self.loader = self._loader()
@@ -100,6 +98,8 @@ class Trainer:
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
         self.state = resume(self.engine, config, session.folder, self.corpus, session.terminal)
+        if processes.is_main:
+            shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
         self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))
