@@ -218,11 +218,15 @@ def test_launch_is_found_on_its_thread_and_operators_by_their_id() -> None:
     made.kernel("void elementwise_kernel<4>", 30, 60, launched=15, thread=AUTOGRAD)
     made.records.append(event("cpu_op", "aten::gelu", 60, 62, MAIN, **{"External id": 77}))
     made.kernel("void elementwise_kernel<4>", 70, 90, **{"External id": 77})  # no launch recorded
-    first, second = parse_trace(made.records).device
+    made.kernel("after_the_operator", 60, 61, launched=25, thread=AUTOGRAD)
+    made.kernel("outside_of_all", 61, 62, launched=55, thread=AUTOGRAD)
+    first, second, third, fourth = parse_trace(made.records).device
     assert first.stack == ("aten::native_layer_norm_backward", "CompiledFunctionBackward")
     assert first.launched_ns == 15_000
     assert second.stack == ("aten::gelu", WINDOW)
     assert second.launched_ns is None
+    assert third.stack == ("CompiledFunctionBackward",)
+    assert fourth.stack == ()
 
 
 def test_trace_without_window_or_gpu_is_refused(tmp_path: Path) -> None:
