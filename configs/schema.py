@@ -274,6 +274,12 @@ class TrainConfig:
     """Newest checkpoints that are kept. 0: all."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept for good. 0: off."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in CPU memory (12 bytes a parameter, shared among the
+    ranks). False: training waits for the disk."""
+    watchdog_minutes: float = 30.0
+    """A run without a finished step for so long writes the stacks of all ranks into run.log and ends with exit code 70.
+    0: off."""
     nonfinite: NonFinite = NonFinite.stop
     """A NaN or infinite loss or gradient stops the run, or skips that step's update."""
     profile_steps: int = 0

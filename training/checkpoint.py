@@ -12,8 +12,8 @@ shards exist, unpickle what they load, and don't change to or from stage 3.
 Commit: shards go into `step_….tmp/` and are synced; the ranks agree that all have succeeded; rank 0 writes and syncs
 the manifest, renames the folder, and replaces `latest`. Until the rename the previous checkpoint is the newest.
 
-`snapshot` takes the state; `commit` writes it. With `copy=True` a snapshot shares no memory with the engine, so that
-`commit` can run on another thread, with a process group of its own, while training goes on.
+`snapshot` takes the state; `commit` writes it. `training.saver` puts a copy between them, so that `commit` can run on
+another thread, with a process group of its own, while training goes on.
 """
 
 from __future__ import annotations
@@ -131,18 +131,18 @@ def save(
     Then delete older ones: all but the newest `keep_last` (0: none) and those at multiples of `keep_every` (0: none).
     Raises `CheckpointError` on every rank if one can't write; what was there before stays usable.
     """
-    taken = snapshot(engine, state, tokenizer_hash=tokenizer_hash, copy=False)
+    taken = snapshot(engine, state, tokenizer_hash=tokenizer_hash)
     return commit(taken, folder, engine.processes, keep_last=keep_last, keep_every=keep_every)
 
 
-def snapshot(engine: Engine, state: TrainState, *, tokenizer_hash: str, copy: bool) -> Snapshot:
-    """This rank's share of the state. `copy`: into CPU memory of its own; else live views, to be written at once."""
+def snapshot(engine: Engine, state: TrainState, *, tokenizer_hash: str) -> Snapshot:
+    """This rank's share of the state; masters and moments are live views, which the next update changes."""
     tensors: dict[str, Tensor] = {}
     parts: dict[str, tuple[int, int]] = {}
     for fragment in engine.partition.fragments(owned=True):
         parts[fragment.name] = (fragment.start, fragment.master.numel())
         for kind, tensor in zip(KINDS, (fragment.master, fragment.exp_avg, fragment.exp_avg_sq), strict=True):
-            tensors[f"{kind}.{fragment.name}"] = tensor.detach().to("cpu", copy=True) if copy else tensor
+            tensors[f"{kind}.{fragment.name}"] = tensor
     random = rng.capture()
     tensors["random.torch_cpu"] = random.torch_cpu
     if random.torch_cuda is not None:
@@ -180,14 +180,25 @@ def installed(*packages: str) -> dict[str, str]:
     return found
 
 
-def commit(taken: Snapshot, folder: Path, processes: Processes, *, keep_last: int = 0, keep_every: int = 0) -> Path:
-    """Write a snapshot and make it the newest checkpoint of `folder`. Collective over `processes.control`."""
+def commit(
+    taken: Snapshot,
+    folder: Path,
+    processes: Processes,
+    *,
+    keep_last: int = 0,
+    keep_every: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> Path:
+    """Write a snapshot and make it the newest checkpoint of `folder`. Collective over `processes.control`.
+
+    `progress` is called after each tensor that is written.
+    """
     target = folder / f"{PREFIX}{taken.manifest.step:08d}"
     temporary = folder / (target.name + TEMPORARY)
     on_main = processes.is_main
     try:
         agree(processes, lambda: prepare(temporary) if on_main else None)
-        shards = agree(processes, lambda: write_share(taken, temporary, processes.rank))
+        shards = agree(processes, lambda: write_share(taken, temporary, processes.rank, progress))
         taken.manifest.shards = shards
         agree(processes, lambda: publish(taken.manifest, temporary, target) if on_main else None)
     except CheckpointError as error:
@@ -224,11 +235,11 @@ def remove_temporary(folder: Path) -> None:
         shutil.rmtree(stale)
 
 
-def write_share(taken: Snapshot, temporary: Path, rank: int) -> Shard:
+def write_share(taken: Snapshot, temporary: Path, rank: int, progress: Callable[[], None] | None = None) -> Shard:
     """Write this rank's shard."""
     path = temporary / f"rank_{rank:05d}.safetensors"
     try:
-        return Shard(write_shard(path, taken.tensors), taken.parts, taken.host_random)
+        return Shard(write_shard(path, taken.tensors, progress), taken.parts, taken.host_random)
     except OSError as error:  # a failed write doesn't know its file
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,8 @@ class Processes:
     timeout: timedelta
     control: dist.ProcessGroup | None
     """gloo group for `broadcast`, `gather`, `any` and `barrier`; None with one process."""
+    host: str = "localhost"
+    """Where rank 0 runs, as the others reach it."""
 
     @property
     def is_main(self) -> bool:
@@ -106,7 +109,9 @@ def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Process
         timeout=timeout,
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if launch.world_size > 1 else None
-    return Processes(launch.rank, launch.world_size, launch.local_rank, target, timeout, control)
+    host = os.environ.get("MASTER_ADDR") if launch.address == "env://" else urlsplit(launch.address).hostname
+    rank, world_size, local_rank = launch.rank, launch.world_size, launch.local_rank
+    return Processes(rank, world_size, local_rank, target, timeout, control, host or "localhost")
 
 
 def pick_device(device: Device, local_rank: int) -> torch.device:

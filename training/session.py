@@ -16,6 +16,7 @@ from training.interrupts import Interrupts
 from training.rng import make_deterministic
 from training.run import RunFolder, claim, run_folder, write_config
 from training.validate import validate
+from training.watchdog import Peers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         terminal = stack.enter_context(open_terminal(folder.log, processes.rank))
         any_rank = processes.any if processes.world_size > 1 else None
         interrupts = stack.enter_context(Interrupts(any_rank, terminal.say))
+        stack.enter_context(Peers(processes))
         choose_arithmetic(config)
         yield Session(config, processes, folder, terminal, interrupts)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -55,8 +55,11 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> ShardRecord:
-    """Write fp32 and uint8 tensors, from any device, and wait until they are on the disk. Raises `OSError`."""
+def write_shard(path: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None] | None = None) -> ShardRecord:
+    """Write fp32 and uint8 tensors, from any device, and wait until they are on the disk. Raises `OSError`.
+
+    `progress` is called after each tensor.
+    """
     header = shard_header(tensors)
     records: dict[str, TensorRecord] = {}
     with path.open("wb") as file:
@@ -67,6 +70,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> ShardRecord:
                 CODES[tensor.dtype], tuple(tensor.shape), file.tell(), data.nbytes, checksum(data)
             )
             file.write(data)
+            if progress is not None:
+                progress()
         size = file.tell()
         file.flush()
         os.fsync(file.fileno())

@@ -36,10 +36,12 @@ from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
 from training.resume import resume
+from training.saver import Saver
 from training.schedule import learning_rate
 from training.session import Session
 from training.state import TrainState
 from training.summary import summarise
+from training.watchdog import Watchdog
 from training.waterfall import Report, TraceError
 
 SAMPLE_TEMPERATURE = 0.8
@@ -65,6 +67,7 @@ class Trainer:
         self.last: StepResult | None = None
         self.report: Report | None = None
         """Where the time of a step goes, once `train.profile_steps` have been profiled."""
+        self.watchdog = Watchdog(self.config.train.watchdog_minutes)
         self.cleanup = ExitStack()
 
     def __enter__(self) -> Self:
@@ -76,6 +79,8 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            self.saver.settle()  # what was begun to be saved before the error is sound
         self.logger.finish(0 if error is None else 1)
         self.cleanup.close()
         if isinstance(error, torch.OutOfMemoryError):
@@ -103,6 +108,8 @@ class Trainer:
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
         self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))
+        self.saver = self._saver()
+        stack.callback(self.saver.close)
         self.logger = self._logger()
         self.state.wandb_id = self.logger.wandb_id
         self.meter = self._meter()
@@ -113,6 +120,8 @@ class Trainer:
         )
         self._say_what_runs()
         stack.enter_context(self.progress)
+        stack.enter_context(self.watchdog)
+        self.watchdog.compiling()
         self.meter.start()
 
     def _loader(self) -> TokenLoader:
@@ -139,6 +148,18 @@ class Trainer:
             wandb_id=self.state.wandb_id,
             info={**system_info(self.processes.world_size), "peak": str(self.peak)},
             enabled=self.processes.is_main,
+        )
+
+    def _saver(self) -> Saver:
+        train = self.config.train
+        return Saver(
+            self.engine,
+            self.session.folder.checkpoints,
+            tokenizer_hash=self.corpus.tokenizer_hash,
+            keep_last=train.keep_last,
+            keep_every=train.keep_every,
+            asynchronous=train.async_save,
+            progress=self.watchdog.beat,
         )
 
     def _measure_peak(self) -> Peak:
@@ -219,6 +240,8 @@ class Trainer:
             self.meter.step(batch.valid_tokens, batch.wait_s)
         self._end_profiled_step()
         self.progress.advance(state.step)
+        self.watchdog.beat()
+        self.saver.poll()  # a save that has failed ends the run here
 
     def _end_profiled_step(self) -> None:
         """Say and show what the profile found, once its last step is done."""
@@ -253,6 +276,7 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
+        self.saver.settle()
         saved = checkpoint.candidates(self.session.folder.path)
         where = f"The last good checkpoint is {short_path(saved[0])}." if saved else "There is no checkpoint yet."
         return f"{where} resume=auto goes on from it." if saved else where
@@ -288,6 +312,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Validation loss and a sample of text. A signal in between ends it without a result."""
         with self._aside(), self.progress.status("evaluating"):
+            if self.validated_at < 0:
+                self.watchdog.compiling()
             loss_sum, tokens = self.engine.evaluate(self._evaluation_batches())
             if self.session.interrupts.poll():
                 return
@@ -321,6 +347,7 @@ class Trainer:
             if self.session.interrupts.poll():  # the same number of batches on every rank, so all come by
                 return
             yield batch
+            self.watchdog.beat()
 
     def _sample(self) -> None:
         """Sampled text, the same for the same weights. All ranks take part where the weights are sharded."""
@@ -355,16 +382,9 @@ class Trainer:
             self.logger.log_image(self.state.step, "curves", drawn)
 
     def save(self) -> None:
-        """Write a checkpoint of the state after the last finished step."""
+        """Save the state after the last finished step; with `train.async_save` the disk is waited for later."""
         with self._aside(), self.progress.status("saving"):
-            checkpoint.save(
-                self.engine,
-                self.state,
-                self.session.folder.checkpoints,
-                tokenizer_hash=self.corpus.tokenizer_hash,
-                keep_last=self.config.train.keep_last,
-                keep_every=self.config.train.keep_every,
-            )
+            self.saver.save(self.state)
             self.saved_at = self.state.step
 
     def finish(self) -> None:
@@ -375,6 +395,8 @@ class Trainer:
             self.evaluate()
         if train.save_every and self.saved_at != state.step:
             self.save()
+        with self._aside(), self.progress.status("saving"):
+            self.saver.wait()
         if self.last is not None:
             with self._aside():
                 self._plot()

@@ -57,6 +57,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         "train.save_every": (train.save_every, 0),
         "train.keep_last": (train.keep_last, 0),
         "train.keep_every": (train.keep_every, 0),
+        "train.watchdog_minutes": (train.watchdog_minutes, 0),
         "train.profile_steps": (train.profile_steps, 0),
         "data.num_workers": (data.num_workers, 0),
         "data.shard_tokens": (data.shard_tokens, 1),

@@ -9,7 +9,6 @@ import random
 import re
 import resource
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -330,22 +329,6 @@ def test_what_is_kept(build: Build, tmp_path: Path) -> None:
     save(one, tmp_path, 2, keep_last=1)  # steps after it, of another branch, aren't its to delete
     assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [8, 7, 6, 3, 2]
     assert (tmp_path / "latest").read_text() == "step_00000002\n"
-
-
-def test_snapshot_is_apart_from_training(build: Build, tmp_path: Path, processes: Processes) -> None:
-    """A copied snapshot can be written by another thread while training goes on."""
-    one = build(2)
-    train(one, 0, 2)
-    taken = checkpoint.snapshot(one, TrainState(step=2), tokenizer_hash="abc", copy=True)
-    state = state_of(one)
-    writer = threading.Thread(target=checkpoint.commit, args=(taken, tmp_path, processes))
-    writer.start()
-    results = train(one, 2, 4)
-    writer.join()
-    other = build(2)
-    checkpoint.load(other, tmp_path)
-    assert equal(state_of(other), state)
-    assert train(other, 2, 4) == results
 
 
 # Contents
