@@ -26,7 +26,8 @@ from configs.messages import plain
 from configs.schema import RunConfig
 
 TOKENIZER = "tokenizer.json"
-OURS = ("config.yaml", "metrics.jsonl", "curves.png", TOKENIZER, "checkpoints", "wandb", "run.log")
+WATERFALL = ("waterfall.json", "waterfall.png", "trace.json.gz")
+OURS = ("config.yaml", "metrics.jsonl", "curves.png", TOKENIZER, *WATERFALL, "checkpoints", "wandb", "run.log")
 """What a run writes; anything else in the folder is the user's and stays."""
 
 
