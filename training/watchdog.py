@@ -26,7 +26,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -45,6 +44,8 @@ COMPILE_S: Final = 3600.0
 """What the watchdog allows for a first step or a first evaluation, which compile, if its own limit is shorter."""
 HANG_GRACE_S: Final = 20.0
 """A launcher ends all ranks when the first one leaves: until then all have written their stacks."""
+BACKSTOP_S: Final = 60.0
+"""How much later than the watchdog `faulthandler` acts."""
 GRACE_S: Final = 15.0
 """Time for a rank to end by itself once another is lost."""
 CONNECT_S: Final = 30.0
@@ -54,9 +55,8 @@ CONNECT_S: Final = 30.0
 class Watchdog:
     """Ends the process if `beat` isn't called for `minutes`; 0: never. A context manager; beats begin the watch."""
 
-    def __init__(self, minutes: float, *, grace_s: float = HANG_GRACE_S) -> None:
+    def __init__(self, minutes: float) -> None:
         self.limit_s = minutes * 60
-        self.grace_s = grace_s
         self._deadline = float("inf")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -86,7 +86,7 @@ class Watchdog:
         try:
             while not self._ended.wait(tick_s):
                 # Falls due only if this thread itself can't run: every round puts it off.
-                faulthandler.dump_traceback_later(self.limit_s + self.grace_s + 60, exit=True, file=2)
+                faulthandler.dump_traceback_later(self.limit_s + HANG_GRACE_S + BACKSTOP_S, exit=True, file=2)
                 if time.monotonic() > self._deadline:
                     self._bark()
         finally:
@@ -99,7 +99,7 @@ class Watchdog:
             f"No step for {self.limit_s / 60:g} minutes: the run hangs and is ended. The stacks of all ranks are in "
             "run.log. Start again to go on from the last checkpoint; train.watchdog_minutes sets the limit."
         )
-        time.sleep(self.grace_s)
+        time.sleep(HANG_GRACE_S)
         os._exit(HANG_EXIT_CODE)
 
 
@@ -138,12 +138,8 @@ class Peers:
     An error of a collective that leaves the block because a rank is lost becomes a `RankLostError` that names it.
     """
 
-    def __init__(
-        self, processes: Processes, *, grace_s: float = GRACE_S, leave: Callable[[int], Any] = os._exit
-    ) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.grace_s = grace_s
-        self.leave = leave
         self.lost: Loss | None = None
         self.told = False
         """Whether the loss has been told to the user."""
@@ -164,7 +160,7 @@ class Peers:
             return
         lost = None
         if error is not None and of_collective(error):
-            self._news.wait(self.grace_s / 3)  # the connection may close a moment after the collective's
+            self._news.wait(GRACE_S / 3)  # the connection may close a moment after the collective's
             lost = self.lost
         self._say_goodbye(None if lost else error)
         if lost is not None:
@@ -223,10 +219,10 @@ class Peers:
 
     def _leave_in_time(self, loss: Loss) -> None:
         """End a process that a collective holds."""
-        time.sleep(self.grace_s * (1 if loss.reason == GONE else 3))  # what has failed on one rank is failing here too
+        time.sleep(GRACE_S * (1 if loss.reason == GONE else 3))  # what has failed on one rank is failing here too
         if not self.told:
             LOG.error(str(loss))
-        self.leave(LOST_EXIT_CODE)
+        os._exit(LOST_EXIT_CODE)
 
     def _say_goodbye(self, error: BaseException | None) -> None:
         """Tell the others how this rank ends, so that they don't take it for a crash."""

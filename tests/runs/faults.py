@@ -1,0 +1,265 @@
+"""Whole runs of train.py in forked processes, in which things go wrong.
+
+`python -m tests.runs.faults` reads a job (JSON) a line and answers how its ranks ended. It has imported what a run
+imports before it forks the ranks, so that a run takes a second and not ten. The ranks have no launcher over them, as
+under a plain `srun`: what ends the others when one is gone is our own doing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tests.runs.conftest import ENVIRONMENT, ROOT
+from tests.training.driver import free_port, warm_up
+from training import checkpoint, trainer, watchdog
+from training.checkpoint import Shard, Snapshot
+from training.engine import Engine, StepResult
+from training.trainer import Trainer
+
+DEADLINE_S = 120.0
+
+
+@dataclass
+class Job:
+    """One start of train.py."""
+
+    folder: str
+    """Of the run, and of what it prints (`output_RANK`)."""
+    overrides: list[str]
+    ranks: int = 1
+    fault: str = ""
+    """See `FAULTS`."""
+    at_step: int = 0
+    fault_rank: int = 0
+    kill_after_s: float | None = None
+    """Kill rank `fault_rank` with SIGKILL so long after its start."""
+
+
+@dataclass
+class Outcome:
+    """How the ranks of a job ended."""
+
+    codes: list[int] = field(default_factory=list)
+    """Exit codes, negative for a signal."""
+    seconds: float = 0.0
+
+
+class Driver:
+    """The test's end of the driver process."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.runs.faults"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+        )
+
+    def run(self, job: Job) -> Outcome:
+        """Run one job to its end."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self.process.stdin.flush()
+        return Outcome(**json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=20)
+
+
+def output(folder: Path, rank: int = 0) -> str:
+    """What a rank of the last job printed."""
+    return (folder / f"output_{rank}").read_text()
+
+
+# In the driver process
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warm_up()
+    importlib.import_module("hydra")
+    importlib.import_module("matplotlib.pyplot")
+    for line in sys.stdin:
+        print(json.dumps(asdict(run_job(Job(**json.loads(line))))), flush=True)
+
+
+def run_job(job: Job) -> Outcome:
+    """Fork the ranks and wait for them; those still there after the deadline are killed."""
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    port = free_port()
+    children = [fork(job, rank, port) for rank in range(job.ranks)]
+    codes: dict[int, int] = {}
+    kill_at = started + (DEADLINE_S if job.kill_after_s is None else job.kill_after_s)
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() - started > DEADLINE_S:
+                    os.kill(child, signal.SIGKILL)
+        if time.monotonic() > kill_at and children[job.fault_rank] not in codes:
+            os.kill(children[job.fault_rank], signal.SIGKILL)
+            kill_at = started + DEADLINE_S
+        time.sleep(0.005)
+    return Outcome([codes[child] for child in children], time.monotonic() - started)
+
+
+def fork(job: Job, rank: int, port: int) -> int:
+    """A child that is one rank of the job."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        log = os.open(Path(job.folder) / f"output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = run_rank(job, rank, port)
+    except BaseException:  # noqa: BLE001 - a forked child must not return into its parent's code
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# In a rank
+
+
+def run_rank(job: Job, rank: int, port: int) -> int:
+    """What `python train.py` does; its exit code."""
+    from configs import compose, say
+    from configs.errors import UserError
+    from train import main as run
+
+    if job.ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job.ranks), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    watchdog.HANG_GRACE_S = watchdog.GRACE_S = 3.0  # type: ignore[misc]
+    if job.fault:
+        FAULTS[job.fault](job, rank)
+    try:
+        return run(compose([*job.overrides, f"run_dir={job.folder}"]))
+    except UserError as error:
+        return say(error)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def after_step(action: Callable[[], None]) -> Callable[[Job, int], None]:
+    """Do `action` on the fault's rank when its step is done."""
+
+    def arm(job: Job, rank: int) -> None:
+        plain = Trainer.advance
+
+        def advance(self: Trainer, batch: Any, result: StepResult) -> None:
+            plain(self, batch, result)
+            if self.state.step == job.at_step and rank == job.fault_rank:
+                action()
+
+        Trainer.advance = advance  # type: ignore[method-assign]
+
+    return arm
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(2 * DEADLINE_S)
+
+
+def fail() -> None:
+    raise ValueError("the card has fallen off")
+
+
+def kill_children() -> None:
+    """wandb's service is the only one there is."""
+    victims = psutil.Process().children(recursive=True)
+    assert victims, "wandb has no process"
+    for victim in victims:
+        victim.kill()
+    psutil.wait_procs(victims, timeout=10)
+
+
+def die_while_others_wait(job: Job, rank: int) -> None:
+    """The other ranks are where an NCCL collective would hold them: in a call that doesn't return."""
+    after_step(die)(job, rank)
+    for other in range(job.ranks):
+        if other != job.fault_rank:
+            after_step(hang)(Job(job.folder, [], at_step=job.at_step, fault_rank=other), rank)
+
+
+def nan_gradient(job: Job, rank: int) -> None:
+    """The loss is finite, its gradient not, at one step of the process."""
+    plain, calls = Engine.forward, []
+
+    def forward(self: Engine, micro: Any) -> torch.Tensor:
+        sums = plain(self, micro)
+        if sums.requires_grad:
+            calls.append(1)
+            if len(calls) == job.at_step:
+                sums.register_hook(lambda gradient: gradient * torch.nan)
+        return sums
+
+    Engine.forward = forward  # type: ignore[method-assign]
+
+
+def signal_in_evaluation(job: Job, rank: int) -> None:
+    plain = trainer.evaluation_batches
+
+    def batches(*args: Any, **keys: Any) -> Any:
+        for number, batch in enumerate(plain(*args, **keys)):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    trainer.evaluation_batches = batches  # type: ignore[assignment]
+
+
+def signal_in_save(job: Job, rank: int) -> None:
+    plain = checkpoint.write_share
+
+    def write_share(taken: Snapshot, *args: Any) -> Shard:
+        if taken.manifest.step == job.at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return plain(taken, *args)
+
+    checkpoint.write_share = write_share
+
+
+FAULTS: dict[str, Callable[[Job, int], None]] = {
+    "die": after_step(die),
+    "hang": after_step(hang),
+    "fail": after_step(fail),
+    "wandb": after_step(kill_children),
+    "die while others wait": die_while_others_wait,
+    "nan": nan_gradient,
+    "signal in evaluation": signal_in_evaluation,
+    "signal in save": signal_in_save,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Whatever happens to a run, the next start goes on by itself and ends as if nothing had happened, bit for bit.
+
+FAULT_KILLS=50 kills the runs of `test_killed_at_any_moment` that often, instead of a handful of times.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs.conftest import TINY, losses, rows
+from tests.runs.faults import Driver, Job, Outcome, output
+from tests.runs.test_resume import assert_equal_runs
+from training.checkpoint import checkpoints, find_checkpoint, step_of
+from training.watchdog import HANG_EXIT_CODE, LOST_EXIT_CODE
+
+KILLS = int(os.environ.get("FAULT_KILLS", "8"))
+KILLED = -9
+STEPS = 16
+SETTINGS = [*TINY, f"train.steps={STEPS}", "train.save_every=2", "model.dropout=0.1", "engine.timeout_minutes=2"]
+
+
+class Faults:
+    """Starts runs that share a prepared corpus."""
+
+    def __init__(self, driver: Driver, folder: Path) -> None:
+        self.driver = driver
+        self.settings = [*SETTINGS, f"data.cache_dir={folder / 'corpus'}"]
+        self.folder = folder
+        self.calm: dict[int, tuple[Path, float]] = {}
+
+    def start(self, folder: Path, *overrides: str, codes: list[int] | None = None, **keys: object) -> Outcome:
+        """One start; checks the ranks' exit codes unless there are none to check."""
+        job = Job(str(folder), [*self.settings, *overrides], **keys)  # type: ignore[arg-type]
+        outcome = self.driver.run(job)
+        if codes is not None:
+            said = "\n".join(output(folder, rank) for rank in range(job.ranks))
+            assert outcome.codes == codes, said + (folder / "run.log").read_text()[-4000:]
+        return outcome
+
+    def undisturbed(self, ranks: int = 1) -> tuple[Path, float]:
+        """A run that nothing happens to, and how long it takes, seconds."""
+        if ranks not in self.calm:
+            folder = self.folder / f"calm{ranks}"
+            self.start(self.folder / "corpus-maker", "train.steps=1", codes=[0])
+            outcome = self.start(folder, ranks=ranks, codes=[0] * ranks)
+            self.calm[ranks] = (folder, outcome.seconds)
+        return self.calm[ranks]
+
+    def finish(self, folder: Path, ranks: int = 1) -> None:
+        """Start once more, without faults, and compare with the run that had none."""
+        self.start(folder, ranks=ranks, codes=[0] * ranks)
+        assert_equal_runs(self.undisturbed(ranks)[0], folder)
+        assert not list((folder / "checkpoints").glob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    driver = Driver()
+    yield Faults(driver, tmp_path_factory.mktemp("faults"))
+    driver.close()
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest checkpoint; 0 without one."""
+    return max((step_of(c) for c in checkpoints(folder / "checkpoints")), default=0)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(faults: Faults, tmp_path: Path) -> None:
+    """Also while it starts, saves, evaluates, deletes and ends; never back by more than a checkpoint."""
+    _, seconds = faults.undisturbed()
+    draw = random.Random(7)
+    kills, started_anew = 0, 0
+    folder = tmp_path / "0"
+    while kills < KILLS:
+        before = newest(folder)
+        outcome = faults.start(folder, "train.save_every=1", kill_after_s=draw.uniform(0.3, 1.1) * seconds)
+        assert outcome.codes[0] in (0, KILLED), output(folder)
+        kills += outcome.codes[0] == KILLED
+        assert newest(folder) >= before
+        done = max(losses(folder), default=0)
+        assert newest(folder) >= done - 2  # one save under way, one step after it
+        if outcome.codes[0] == 0 or newest(folder) == STEPS:
+            faults.finish(folder)
+            started_anew += 1
+            folder = tmp_path / str(started_anew)
+    faults.finish(folder)
+
+
+@pytest.mark.parametrize("fault", ["die", "die while others wait"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_others(faults: Faults, tmp_path: Path, rank: int, fault: str) -> None:
+    outcome = faults.start(tmp_path, ranks=2, fault=fault, at_step=5, fault_rank=rank)
+    other = 1 - rank
+    assert (outcome.codes[rank], outcome.codes[other]) == (KILLED, LOST_EXIT_CODE), output(tmp_path, other)
+    assert outcome.seconds < 60
+    said = output(tmp_path, other) + (tmp_path / "run.log").read_text()
+    assert f"Rank {rank} on " in said
+    assert "is gone: its process was killed or crashed" in said
+    assert newest(tmp_path) >= 2
+    faults.finish(tmp_path, ranks=2)
+
+
+def test_an_error_on_one_rank_reaches_the_user(faults: Faults, tmp_path: Path) -> None:
+    outcome = faults.start(tmp_path, ranks=2, fault="fail", at_step=5, fault_rank=1)
+    assert outcome.codes == [LOST_EXIT_CODE, 1], output(tmp_path)
+    assert "has failed: ValueError: the card has fallen off" in output(tmp_path)
+    assert newest(tmp_path) == 4
+    faults.finish(tmp_path, ranks=2)
+
+
+def test_a_hang_ends_with_all_stacks(faults: Faults, tmp_path: Path) -> None:
+    outcome = faults.start(
+        tmp_path,
+        "train.watchdog_minutes=0.1",
+        ranks=2,
+        fault="hang",
+        at_step=5,
+        fault_rank=1,
+        codes=[HANG_EXIT_CODE] * 2,
+    )
+    assert outcome.seconds < 60
+    assert "No step for 0.1 minutes" in output(tmp_path)
+    log = (tmp_path / "run.log").read_text()
+    for rank, place in ((0, "in poll"), (1, "in hang")):
+        stacks = [line for line in log.splitlines() if f" rank {rank} INFO training.watchdog | " in line]
+        assert any(place in line for line in stacks), log[-6000:]
+        assert any("in _watch" in line for line in stacks)
+    faults.finish(tmp_path, ranks=2)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run folder whose checkpoints lie on a disk with room for two and a half."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_full_disk(faults: Faults, small_disk: Path, asynchronous: str) -> None:
+    run = small_disk.parent
+    outcome = faults.start(run, f"train.async_save={asynchronous}", "train.keep_last=0", codes=[2])
+    assert outcome.seconds < 60
+    said = " ".join(output(run).split())
+    last = newest(run)
+    assert f"step_{last + 2:08d} was not written, earlier ones are as they were: rank 0: No space left" in said
+    assert last >= 2
+    assert find_checkpoint(run) == small_disk / f"step_{last:08d}"
+    assert not list(small_disk.glob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    faults.finish(run)
+
+
+def test_nan_gradient_stops_the_run(faults: Faults, tmp_path: Path) -> None:
+    faults.start(tmp_path, fault="nan", at_step=6, codes=[2])
+    said = " ".join(output(tmp_path).split())
+    assert "Step 6 has a non-finite loss or gradient" in said
+    assert "step_00000004. resume=auto goes on from it." in said
+    assert newest(tmp_path) == 4
+    faults.finish(tmp_path)
+
+
+def test_nan_gradient_is_skipped(faults: Faults, tmp_path: Path) -> None:
+    """Step 6 leaves the weights as they are; killed or not after it, the run is the same."""
+    skip = "train.nonfinite=skip"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    faults.start(whole, skip, fault="nan", at_step=6, codes=[0])
+    assert rows(whole)[-1]["optim/skipped_steps"] == 1
+    calm, skipped = losses(faults.undisturbed()[0]), losses(whole)
+    assert [step for step in calm if calm[step] != skipped[step]] == list(range(6, STEPS + 1))
+    faults.start(killed, skip, "train.steps=8", "optim.schedule=constant", fault="nan", at_step=6, codes=[0])
+    faults.start(whole, skip, "resume=never", "optim.schedule=constant", fault="nan", at_step=6, codes=[0])
+    faults.start(killed, skip, "optim.schedule=constant", codes=[0])
+    assert_equal_runs(whole, killed)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize(("fault", "step"), [("signal in evaluation", 4), ("signal in save", 6)])
+def test_sigterm_at_a_bad_time(faults: Faults, tmp_path: Path, fault: str, step: int, asynchronous: str) -> None:
+    saving = f"train.async_save={asynchronous}"
+    faults.start(tmp_path, saving, "train.eval_sequences=12", fault=fault, at_step=step, codes=[0])
+    assert "SIGTERM received" in output(tmp_path)
+    assert "Stopped by SIGTERM" in output(tmp_path)
+    done = len(rows(tmp_path))
+    assert step <= done < STEPS
+    assert newest(tmp_path) == done
+    faults.finish(tmp_path)
+
+
+def test_wandb_killed(faults: Faults, tmp_path: Path) -> None:
+    faults.start(tmp_path, "logging.wandb=offline", fault="wandb", at_step=5, codes=[0])
+    assert "wandb" in output(tmp_path)
+    assert_equal_runs(faults.undisturbed()[0], tmp_path)
