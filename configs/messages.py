@@ -65,11 +65,11 @@ def _missing_option(text: str, folder: Path) -> str | None:
 
 
 def _unknown_key(text: str, schema: type) -> str | None:
-    match = (
+    match = re.search(r"Key '[^']*' not in '[^']*'\s+full_key: (\S+)", text) or (
         re.search(r"Could not override '([^']+)'", text)
-        if "is not in struct" in text or "not in '" in text or "No match in the defaults list" in text
+        if "is not in struct" in text or "No match in the defaults list" in text
         else None
-    ) or re.search(r"Key '[^']*' not in '[^']*'\s+full_key: (\S+)", text)
+    )
     if not match:
         return None
     return unknown_key(match[1].split("@")[0], schema)

@@ -177,6 +177,30 @@ class ModelConfig:
 
 
 @dataclass
+class MixtureSource:
+    """One source of a mixture; what it doesn't name is as in the `data` section."""
+
+    name: str = ""
+    """Its name in metrics (`val/loss/NAME`): lower-case letters, digits, `_` and `-`. Has to be given."""
+    weight: float = 1.0
+    """Its share of the training tokens, relative to the other sources' weights."""
+    source: Source = Source.stdlib
+    """As `data.source`."""
+    path: str | None = None
+    """As `data.path`."""
+    subset: str | None = None
+    """As `data.subset`."""
+    revision: str | None = None
+    """As `data.revision`."""
+    split: str = "train"
+    """As `data.split`."""
+    validation_split: str | None = None
+    """As `data.validation_split`."""
+    text_key: str = "text"
+    """As `data.text_key`."""
+
+
+@dataclass
 class DataConfig:
     """Corpus, tokenizer, shards and loader."""
 
@@ -198,7 +222,9 @@ class DataConfig:
     text_key: str = "text"
     """Column or field that holds the text."""
     max_documents: int | None = None
-    """Read only so many documents, empty ones included. None: all."""
+    """Read only so many documents (of each source of a mixture), empty ones included. None: all."""
+    mixture: list[MixtureSource] = field(default_factory=list)
+    """Sources to mix by weight, each validated apart; they share one tokenizer. Empty: the one source named above."""
     tokenizer: str = "train"
     """`train`: train a byte-level BPE on this corpus; else a `tokenizer.json` file or folder, or a hub name
     such as `gpt2`."""

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
-from data.order import SampleOrder
+from data.mixture import MixedDataset
+from data.order import MixtureOrder, SampleOrder
 from data.shards import TokenDataset
 
 IGNORED = -100
@@ -84,7 +85,7 @@ class TokenLoader:
                 f"train.global_batch_size={global_batch_size} is not a multiple of {world_size} ranks × "
                 f"train.micro_batch_size={micro_batch_size}."
             )
-        self.order = SampleOrder(dataset.num_tokens, sequence_length, seed, shuffle)
+        self.order = sample_order(dataset, sequence_length, seed, shuffle)
         if self.order.samples_per_epoch == 0:
             raise DataError(
                 f"The training split has {dataset.num_tokens} tokens, fewer than one sample of "
@@ -99,8 +100,15 @@ class TokenLoader:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples that hold each token once."""
+        """Samples that hold each token once; of a mixture, those of all its sources together."""
         return self.order.samples_per_epoch
+
+    def source_epochs(self, position: int) -> dict[str, float]:
+        """Passes over each source of a mixture in the samples before `position`; empty for a single source."""
+        if not isinstance(self.dataset, MixedDataset) or not isinstance(self.order, MixtureOrder):
+            return {}
+        samples = zip(self.dataset.names, self.order.samples(position), self.order.orders, strict=True)
+        return {name: count / order.samples_per_epoch for name, count, order in samples}
 
     def batches(self, start_sample: int = 0) -> Generator[GlobalBatch, None, None]:
         """Batches from the position `start_sample` on, over epoch after epoch.
@@ -138,6 +146,13 @@ class TokenLoader:
         starts = self.order.starts(position + self.rank * share, share)  # (share,)
         groups = starts.reshape(-1, self.micro_batch_size)  # (accumulation, b)
         return [make_micro_batch(self.dataset, group, self.sequence_length, self.document_mask) for group in groups]
+
+
+def sample_order(dataset: TokenDataset, sequence_length: int, seed: int, shuffle: bool) -> SampleOrder | MixtureOrder:
+    """The order of a dataset's samples, mixed where it is a mixture."""
+    if isinstance(dataset, MixedDataset):
+        return dataset.order(sequence_length, seed, shuffle)
+    return SampleOrder(dataset.num_tokens, sequence_length, seed, shuffle)
 
 
 class _Prefetcher:

@@ -6,15 +6,25 @@ Sample i of an epoch takes the tokens [o + iS, o + iS + S] (S inputs and, one fu
 share one token as input and target and every token is a target exactly once an epoch. N - 1 - nS < S tokens, the tail,
 do not fill a sample. With shuffling each epoch has its own offset o, drawn from [0, tail], so that it isn't always the
 same tokens that are left out; in corpus order o is 0.
+
+A mixture of K sources deals its positions out in blocks of M = 4096: in each block source k has exactly q_k positions
+(its quota, the share rounded to a whole number; together they are M), at places that a permutation drawn for the block
+chooses. Source k hands its own samples out in its own order, over its own epochs, one at each of its positions. After
+any number of whole blocks the tokens of a source are exact; within a block they differ from the share by as much as a
+draw without replacement does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
+BLOCK = 4096
+"""Positions of a mixture over which the shares of its sources are exact, M."""
 _ROUNDS = 8
 _MASK = (1 << 64) - 1
 
@@ -96,3 +106,56 @@ class SampleOrder:
         tail = self.num_tokens - 1 - self.samples_per_epoch * self.sequence_length
         offset = mix(key) % (tail + 1)
         return permute(indices, self.samples_per_epoch, key) * self.sequence_length + offset
+
+
+def quotas(weights: Sequence[float], total: int = BLOCK) -> tuple[int, ...]:
+    """Whole numbers in proportion to positive `weights` that add up to `total`: the largest remainders round up."""
+    exact = [weight * total / sum(weights) for weight in weights]
+    parts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda index: (parts[index] - exact[index], index))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class MixtureOrder:
+    """Which tokens the sample at a position of a mixture takes, as positions in its sources' tokens laid end to end."""
+
+    orders: tuple[SampleOrder, ...]
+    """One a source; none of them is empty."""
+    quotas: tuple[int, ...]
+    """Positions of each source in a block; they add up to `BLOCK`."""
+    seed: int
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that all sources have together."""
+        return sum(order.samples_per_epoch for order in self.orders)
+
+    def starts(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        """(count,) first tokens of the samples at `position`, `position` + 1, ..."""
+        bases = [0, *accumulate(order.num_tokens for order in self.orders)]
+        starts = np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            block, first = divmod(position + done, BLOCK)
+            sources = self._sources(block)
+            here = sources[first : first + count - done]
+            for index, order in enumerate(self.orders):
+                places = np.flatnonzero(here == index)
+                before = block * self.quotas[index] + int(np.count_nonzero(sources[:first] == index))
+                starts[done + places] = bases[index] + order.starts(before, len(places))
+            done += len(here)
+        return starts
+
+    def samples(self, position: int) -> tuple[int, ...]:
+        """Samples that each source has given to the positions before `position`: its tokens over S, exactly."""
+        block, first = divmod(position, BLOCK)
+        counts = np.bincount(self._sources(block)[:first], minlength=len(self.quotas))
+        return tuple(block * quota + int(count) for quota, count in zip(self.quotas, counts, strict=True))
+
+    def _sources(self, block: int) -> npt.NDArray[np.int64]:
+        """(BLOCK,) source of each position of a block."""
+        key = mix(mix(mix(self.seed & _MASK) ^ BLOCK) ^ block)
+        return np.repeat(np.arange(len(self.quotas)), self.quotas)[permute(np.arange(BLOCK), BLOCK, key)]

@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer
 from configs.schema import DataConfig
 from data.encode import Encoded, Encoder, batches
 from data.errors import DataError
+from data.mixture import MixedDataset, source_configs
 from data.shards import (
     FORMAT,
     MANIFEST,
@@ -80,13 +82,29 @@ ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
+class Part:
+    """One source of a prepared corpus."""
+
+    name: str
+    """As in `data.mixture`; empty where the corpus has one source."""
+    share: float
+    """Of the training tokens; the parts' shares add up to one."""
+    folder: Path
+    train: TokenDataset
+    validation: TokenDataset
+
+
+@dataclass(frozen=True)
 class PreparedData:
-    """A corpus that is ready to train on."""
+    """A corpus that is ready to train on. That of a mixture is its sources' laid end to end."""
 
     folder: Path
+    """Of a mixture, the folder of its first source."""
     manifest: Manifest
     train: TokenDataset
     validation: TokenDataset
+    parts: tuple[Part, ...]
+    """One a source."""
 
     @property
     def tokenizer_path(self) -> Path:
@@ -140,6 +158,8 @@ def prepare(config: DataConfig, progress: ProgressCallback | None = None) -> Pre
     Several processes may call this at once: one works, the others wait for it. `progress` is called a few times a
     second, on the calling thread. Raises DataError for all that a user can change.
     """
+    if config.mixture:
+        return _prepare_mixture(config, progress or _ignore)
     report = progress or _ignore
     plan = _plan(config)
     folder = plan.cache / plan.key
@@ -164,14 +184,46 @@ def open_prepared(folder: Path, verify: bool = False) -> PreparedData:
     if verify:
         train.verify()
         validation.verify()
-    return PreparedData(folder, manifest, train, validation)
+    return PreparedData(folder, manifest, train, validation, (Part("", 1.0, folder, train, validation),))
+
+
+def _prepare_mixture(config: DataConfig, report: ProgressCallback) -> PreparedData:
+    """Every source of `data.mixture` prepared by itself, and laid end to end."""
+    tokenizer = config.tokenizer
+    if tokenizer == "train":
+        tokenizer = str(prepare_tokenizer(config, report))
+    configs = source_configs(config, tokenizer)
+    meter = _MixtureMeter(len(configs), report)
+    sources = [prepare(source, meter.of_source(index)) for index, source in enumerate(configs)]
+    names = [entry.name for entry in config.mixture]
+    first = sources[0]
+    train = MixedDataset(names, [entry.weight for entry in config.mixture], [source.train for source in sources])
+    validation = TokenDataset(first.folder, SplitInfo(), first.manifest.dtype)
+    for source in sources:
+        validation.extend(source.validation)
+    keys = {name: source.corpus_key for name, source in zip(names, sources, strict=True)}
+    key = f"mixture-{_hash({'sources': list(keys.items())})}"
+    about = {name: source.manifest.source for name, source in zip(names, sources, strict=True)}
+    splits = {"train": train.info, "validation": validation.info}
+    manifest = replace(first.manifest, key=key, source=about, settings={"shares": train.shares}, splits=splits)
+    parts = tuple(
+        Part(name, share, source.folder, source.train, source.validation)
+        for name, share, source in zip(names, train.shares, sources, strict=True)
+    )
+    return PreparedData(first.folder, manifest, train, validation, parts)
 
 
 def prepare_tokenizer(config: DataConfig, progress: ProgressCallback | None = None) -> Path:
-    """The file of the tokenizer that `config` describes, trained or fetched now if it is not in the cache yet."""
-    plan = _plan(config)
-    with _disk_errors(plan.cache):
-        return _tokenizer(plan, progress or _ignore)
+    """The file of the tokenizer that `config` describes, trained or fetched now if it is not in the cache yet.
+
+    That of a mixture is trained on as much text of each source, whatever the weights.
+    """
+    plans = [_plan(source) for source in (source_configs(config, config.tokenizer) if config.mixture else [config])]
+    key = plans[0].tokenizer_key
+    if config.mixture and config.tokenizer == "train":
+        key = f"mixture-{_hash({'tokenizers': [plan.tokenizer_key for plan in plans]})}"
+    with _disk_errors(plans[0].cache):
+        return _tokenizer(plans, key, progress or _ignore)
 
 
 def load_tokenizer(prepared: PreparedData) -> Tokenizer:
@@ -245,21 +297,27 @@ def _disk_errors(cache: Path) -> Iterator[None]:
 # Tokenizer
 
 
-def _tokenizer(plan: _Plan, report: ProgressCallback) -> Path:
-    path = plan.cache / "tokenizers" / plan.tokenizer_key / TOKENIZER
+def _tokenizer(plans: Sequence[_Plan], key: str, report: ProgressCallback) -> Path:
+    """The tokenizer of one corpus, or of several that share it."""
+    path = plans[0].cache / "tokenizers" / key / TOKENIZER
     if not path.is_file():
         with _locked(path.parent.with_suffix(".lock"), report):
             if not path.is_file():  # another process may have made it while this one waited
-                _make_tokenizer(plan, path, report)
+                _make_tokenizer(plans, path, report)
     return path
 
 
-def _make_tokenizer(plan: _Plan, path: Path, report: ProgressCallback) -> None:
-    if plan.config.tokenizer == "train":
-        threshold = _holdout_threshold(plan)
-        tokenizer, separator = train_tokenizer(_sample(plan, threshold, report), plan.config.tokenizer_vocab_size), None
+def _make_tokenizer(plans: Sequence[_Plan], path: Path, report: ProgressCallback) -> None:
+    config = plans[0].config
+    if config.tokenizer == "train":
+        meter = _MixtureMeter(len(plans), report)
+        budget = TOKENIZER_SAMPLE_CHARS // len(plans)
+        texts = chain.from_iterable(
+            _sample(plan, _holdout_threshold(plan), budget, meter.of_source(index)) for index, plan in enumerate(plans)
+        )
+        tokenizer, separator = train_tokenizer(texts, config.tokenizer_vocab_size), None
     else:
-        tokenizer, separator = fetch_tokenizer(plan.config.tokenizer, plan.cache)
+        tokenizer, separator = fetch_tokenizer(config.tokenizer, plans[0].cache)
     info = inspect_tokenizer(tokenizer, separator)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_synced(path.with_name("separator.json"), json.dumps({"eos_token": info.eos_token}).encode())
@@ -271,12 +329,11 @@ def _open_tokenizer(path: Path) -> TokenizerInfo:
     return inspect_tokenizer(Tokenizer.from_file(str(path)), separator)
 
 
-def _sample(plan: _Plan, threshold: int, report: ProgressCallback) -> Iterator[str]:
-    """Documents of the training split to train a tokenizer on, spread over the source."""
+def _sample(plan: _Plan, threshold: int, budget: int, report: ProgressCallback) -> Iterator[str]:
+    """About `budget` characters of the training split to train a tokenizer on, spread over the source."""
     meter = _Meter("tokenizer", report)
     limit = plan.config.max_documents
     num_parts = plan.source.num_parts() if limit is None else 1
-    budget = TOKENIZER_SAMPLE_CHARS
     for index in range(num_parts):
         share = budget // (num_parts - index)  # what a short part leaves, the later ones may use
         reader = plan.source.read() if num_parts == 1 else plan.source.read_part(index)
@@ -353,7 +410,7 @@ def _build(plan: _Plan, folder: Path, report: ProgressCallback) -> None:
     if folder.exists():
         raise damaged(folder / MANIFEST, "missing")
     partial = folder.with_name(f"{folder.name}.partial")
-    tokenizer_path = _tokenizer(plan, report)
+    tokenizer_path = _tokenizer([plan], plan.tokenizer_key, report)
     info = _open_tokenizer(tokenizer_path)
     state = _load_state(partial, info)
     if state is None:
@@ -508,3 +565,33 @@ class _Meter:
 
     def _report(self, fraction: float | None) -> None:
         self.report(Progress(self.stage, fraction, self.documents, self.num_bytes, self.tokens))
+
+
+class _MixtureMeter:
+    """Makes one progress of those of several sources that are worked on one after the other."""
+
+    def __init__(self, num_sources: int, report: ProgressCallback) -> None:
+        self.num_sources, self.report = num_sources, report
+        self.latest = Progress("wait", None, 0, 0, 0)
+
+    def of_source(self, index: int) -> ProgressCallback:
+        """The callback for one of them, to be called after those before it are done."""
+        before: Progress | None = None
+
+        def update(progress: Progress) -> None:
+            nonlocal before
+            if progress.stage == "wait":
+                self.report(progress)
+                return
+            before = before or self.latest
+            fraction = None if progress.fraction is None else (index + progress.fraction) / self.num_sources
+            self.latest = Progress(
+                progress.stage,
+                fraction,
+                before.documents + progress.documents,
+                before.num_bytes + progress.num_bytes,
+                before.tokens + progress.tokens,
+            )
+            self.report(self.latest)
+
+        return update

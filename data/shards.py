@@ -238,15 +238,28 @@ class TokenDataset:
 
     def __init__(self, folder: Path, info: SplitInfo, dtype: str) -> None:
         """Maps the shards of `folder`. Raises DataError naming the file where a size differs from the manifest."""
-        self.folder, self.info, self.dtype = folder, info, np.dtype(dtype)
-        self.num_tokens, self.num_documents, self.num_bytes = info.num_tokens, info.num_documents, info.num_bytes
+        self.info, self.dtype = info, np.dtype(dtype)
+        self._paths = [shard_paths(folder, index) for index in range(len(info.shards))]
         self._tokens: list[npt.NDArray[Any]] = []
         self._documents: list[npt.NDArray[np.int64]] = []
-        for index, shard in enumerate(info.shards):
-            tokens, documents = shard_paths(folder, index)
+        for (tokens, documents), shard in zip(self._paths, info.shards, strict=True):
             self._tokens.append(_map(tokens, self.dtype, shard.num_tokens))
             self._documents.append(_map(documents, np.dtype(DOCUMENT_DTYPE), shard.num_documents))
+        self._count()
+
+    def _count(self) -> None:
+        info = self.info
+        self.num_tokens, self.num_documents, self.num_bytes = info.num_tokens, info.num_documents, info.num_bytes
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in info.shards)])  # (shards + 1,) first token of each
+
+    def extend(self, other: TokenDataset) -> None:
+        """Lays the tokens of `other`, of the same dtype, behind those that are here. Copies nothing."""
+        assert other.dtype == self.dtype, f"{other.dtype} behind {self.dtype}"
+        self.info = SplitInfo([*self.info.shards, *other.info.shards], self.info.num_bytes + other.info.num_bytes)
+        self._paths += other._paths
+        self._tokens += other._tokens
+        self._documents += other._documents
+        self._count()
 
     @property
     def bytes_per_token(self) -> float:
@@ -297,9 +310,9 @@ class TokenDataset:
 
     def verify(self) -> None:
         """Compares the checksums of all files. Raises DataError naming the first that differs."""
-        for index, shard in enumerate(self.info.shards):
+        for paths, shard in zip(self._paths, self.info.shards, strict=True):
             expected = shard.tokens_sha256, shard.documents_sha256
-            for path, digest in zip(shard_paths(self.folder, index), expected, strict=True):
+            for path, digest in zip(paths, expected, strict=True):
                 with open(path, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         raise damaged(path, "its checksum differs from the manifest")

@@ -69,8 +69,10 @@ def json_value(value: Any) -> Any:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted keys."""
+    """Nested values under dotted keys; those of a list whose items have names, by name."""
     found: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) and "name" in item for item in value):
+            value = {item["name"]: item for item in value}
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found

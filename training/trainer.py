@@ -18,7 +18,16 @@ import torch
 
 from configs.errors import OutOfMemoryError, UserError
 from configs.schema import NonFinite, Precision, RunConfig
-from data import GlobalBatch, MicroBatch, PreparedData, TokenLoader, evaluation_batches, load_tokenizer, prepare
+from data import (
+    GlobalBatch,
+    MicroBatch,
+    PreparedData,
+    TokenDataset,
+    TokenLoader,
+    evaluation_batches,
+    load_tokenizer,
+    prepare,
+)
 from data.progress import show_progress
 from model import build_model, resolve_attention
 from model.flops import flops_per_token, parameter_counts
@@ -206,6 +215,12 @@ class Trainer:
             f"{self.corpus.train.num_tokens:,} training tokens; {tokens:,} a step: {plan.global_batch_size} sequences "
             f"of {config.model.sequence_length} ({ranks} × {plan.accumulation_steps} × {plan.micro_batch_size})"
         )
+        epochs = self.loader.source_epochs(config.train.steps * plan.global_batch_size)
+        for part in self.corpus.parts if epochs else ():
+            say(
+                f"  {part.name}: {part.share:.2%} of them, {part.train.num_tokens:,} tokens, "
+                f"{epochs[part.name]:.2f} epochs in {config.train.steps:,} steps"
+            )
         if config.optim.warmup_steps >= config.train.steps:
             self.session.terminal.warn(
                 f"optim.warmup_steps={config.optim.warmup_steps} is not below train.steps={config.train.steps}: "
@@ -304,6 +319,8 @@ class Trainer:
             m.TOKENS_SEEN: state.tokens_seen,
             m.EPOCH: state.consumed_samples / self.loader.samples_per_epoch,
         }
+        epochs = self.loader.source_epochs(state.consumed_samples)
+        values |= {f"{m.EPOCH}/{name}": passes for name, passes in epochs.items()}
         if throughput is not None:
             values |= throughput.metrics()
         self.logger.log(state.step, values)
@@ -314,27 +331,44 @@ class Trainer:
         with self._aside(), self.progress.status("evaluating"):
             if self.validated_at < 0:
                 self.watchdog.compiling()
-            loss_sum, tokens = self.engine.evaluate(self._evaluation_batches())
+            values = self._validate()
             if self.session.interrupts.poll():
                 return
-            loss, validation = loss_sum / tokens, self.corpus.validation
-            values = {
-                m.VAL_LOSS: loss,
-                m.VAL_PERPLEXITY: m.perplexity(loss),
-                m.VAL_BITS_PER_BYTE: m.bits_per_byte(loss, validation.num_tokens, validation.num_bytes),
-            }
+            loss = values[m.VAL_LOSS]
             self.validated_at, self.validation = self.state.step, values
             best = self.state.best_validation_loss
             self.state.best_validation_loss = loss if best is None else min(best, loss)
             self.logger.log(self.state.step, values)
             self.progress.evaluation(self.state.step, values)
+            if by_source := {key: value for key, value in values.items() if key.startswith(f"{m.VAL_LOSS}/")}:
+                self.session.terminal.say("  " + "  ".join(f"{key} {value:.4f}" for key, value in by_source.items()))
             if self.config.train.sample_tokens:
                 self._sample()
             self._plot()
 
-    def _evaluation_batches(self) -> Iterator[MicroBatch]:
+    def _validate(self) -> dict[str, float]:
+        """Losses on the validation split: of a mixture on each source's, and their mean in the shares of training."""
+        loss = num_bytes = bits = 0.0
+        by_source: dict[str, float] = {}
+        for part in self.corpus.parts:
+            loss_sum, tokens = self.engine.evaluate(self._evaluation_batches(part.validation))
+            part_loss = loss_sum / max(tokens, 1)  # a signal may have ended it before the first
+            part_bits = m.bits_per_byte(part_loss, part.validation.num_tokens, part.validation.num_bytes)
+            loss += part.share * part_loss
+            num_bytes += part.share * part.validation.bytes_per_token
+            bits += part.share * part.validation.bytes_per_token * part_bits
+            if part.name:
+                by_source[f"{m.VAL_LOSS}/{part.name}"] = part_loss
+        return {
+            m.VAL_LOSS: loss,
+            m.VAL_PERPLEXITY: m.perplexity(loss),
+            m.VAL_BITS_PER_BYTE: bits / num_bytes,
+            **by_source,
+        }
+
+    def _evaluation_batches(self, validation: TokenDataset) -> Iterator[MicroBatch]:
         batches = evaluation_batches(
-            self.corpus.validation,
+            validation,
             sequence_length=self.config.model.sequence_length,
             micro_batch_size=self.plan.micro_batch_size,
             num_sequences=self.config.train.eval_sequences,

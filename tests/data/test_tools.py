@@ -101,10 +101,9 @@ def test_a_tokenizer_sample_is_spread_over_the_files(tmp_path: Path, monkeypatch
     for index in range(4):
         size = 20 if index == 1 else 3000
         write_jsonl(tmp_path / f"{index}.jsonl", [f"{index} " + "word " * 10] * size)
-    monkeypatch.setattr("data.preparation.TOKENIZER_SAMPLE_CHARS", 200_000)
     monkeypatch.setattr("data.encode.BATCH_CHARS", 1000)
     plan = _plan(DataConfig(source=Source.jsonl, path=str(tmp_path), cache_dir=str(tmp_path / "cache")))
-    counts = np.bincount([int(text[0]) for text in _sample(plan, 0, lambda _: None)])
+    counts = np.bincount([int(text[0]) for text in _sample(plan, 0, 200_000, lambda _: None)])
     assert counts[1] == 20
     assert min(counts[[0, 2, 3]]) > 900
     assert 52 * counts.sum() == pytest.approx(200_000, rel=0.1)
