@@ -155,6 +155,42 @@ def masked_scores(
 
 
 @gluon.jit
+def finish_statistics(m, total, lse_row, row0, Sq, scale_log2, ROWS: gl.constexpr):
+    """Stores LSE of 64 rows; returns 1 / rowsum P, 0 for a row that saw no key (its LSE is -inf)."""
+    dead = total == 0.0
+    lse = gl.where(dead, float("-inf"), (m * scale_log2 + gl.log2(total)) * LN2)
+    rows = row0 + gl.arange(0, 64, ROWS)
+    gl.store(lse_row + rows, lse, mask=rows < Sq)
+    return gl.where(dead, 0.0, 1.0 / total)
+
+
+@gluon.jit
+def make_barriers(NWG: gl.constexpr, STAGES: gl.constexpr):
+    """(full, empty) pairs for Q, K, V and the tile number. Full: one producer. Empty: every warpgroup that read it."""
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [NWG, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [NWG, 1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    slot_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    slot_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    for i in gl.static_range(NWG):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=NWG)
+        mbarrier.init(v_empty.index(i), count=NWG)
+    mbarrier.init(slot_full.index(0), count=1)
+    mbarrier.init(slot_empty.index(0), count=NWG)
+    fence_async_shared()
+    return q_full, q_empty, k_full, k_empty, v_full, v_empty, slot_full, slot_empty
+
+
+@gluon.jit
 def forward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WG: gl.constexpr, NWG: gl.constexpr,
@@ -244,15 +280,11 @@ def forward_consumer(
         v = v_buf.index(last).reshape((BN, D))
         o_next = warpgroup_mma(unpack16(w, BN, PL, DTYPE), v, o, is_async=True)
         step += 1
-        dead = total == 0.0  # saw no key
-        lse = gl.where(dead, float("-inf"), (m * scale_log2 + gl.log2(total)) * LN2)
-        inverse = gl.convert_layout(gl.where(dead, 0.0, 1.0 / total), ROW_O)
-        rows = row0 + gl.arange(0, 64, ROW_S)
-        lse_base = lse_ptr + b.to(gl.int64) * lse_stride_b + h.to(gl.int64) * lse_stride_h + start_q
-        gl.store(lse_base + rows, lse, mask=rows < Sq)
+        lse_row = lse_ptr + b.to(gl.int64) * lse_stride_b + h.to(gl.int64) * lse_stride_h + start_q
+        scale = gl.convert_layout(finish_statistics(m, total, lse_row, row0, Sq, scale_log2, ROW_S), ROW_O)
         o = warpgroup_mma_wait(0, deps=(o_next,))
         mbarrier.arrive(v_empty.index(last), count=1)
-        scale = gl.expand_dims(inverse, 1)
+        scale = gl.expand_dims(scale, 1)
         o = gl.where(scale == 0.0, 0.0, o * scale)  # 0 even where V holds inf or NaN
         if OWN_O:
             tma.store_wait(0)  # the previous tile's O has left the buffer
@@ -297,7 +329,6 @@ def forward_kernel(
     NWG: gl.constexpr = BM // 64
     DTYPE: gl.constexpr = q_desc.dtype
     ONE: gl.constexpr = [1, 1, 1] if VARLEN else [1, 1]
-    BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_buf = gl.allocate_shared_memory(DTYPE, [NWG] + ONE + [64, D], q_desc.layout)
     k_buf = gl.allocate_shared_memory(DTYPE, [STAGES] + ONE + [BN, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(DTYPE, [STAGES] + ONE + [BN, D], v_desc.layout)
@@ -306,28 +337,9 @@ def forward_kernel(
     else:
         o_buf = q_buf
     slot = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [NWG, 1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [NWG, 1], BAR)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    slot_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    slot_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    for i in gl.static_range(NWG):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=NWG)
-        mbarrier.init(v_empty.index(i), count=NWG)
-    mbarrier.init(slot_full.index(0), count=1)
-    mbarrier.init(slot_empty.index(0), count=NWG)
-    fence_async_shared()
+    bars = make_barriers(NWG, STAGES)
     descs = (q_desc, k_desc, v_desc, o_desc)
     bufs = (q_buf, k_buf, v_buf, o_buf, slot)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, slot_full, slot_empty)
     ptrs = (sched, cu_q, cu_k, lse_ptr)
     sizes = (num_m, num_tiles, section, Sq, Sk, num_heads, group, batch_heads, lse_stride_b, lse_stride_h)
     window = (wl, wr)
