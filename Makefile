@@ -7,7 +7,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: train test lint test-gpu compile-check constraints clean
+.PHONY: train test lint soak test-gpu compile-check constraints clean
 
 train: .venv/installed
 	@$(BIN)/python train.py $(ARGS)
@@ -26,7 +26,10 @@ lint: .venv/installed
 
 test: lint
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
-	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu" --durations=15 $(ARGS)
+	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not soak" --durations=15 $(ARGS)
+
+soak: .venv/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
 
 test-gpu: .venv/installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
