@@ -231,6 +231,24 @@ def test_progress_is_told_by_tensor(build: Build, tmp_path: Path) -> None:
     assert len(calls) == 3 * len(one.shapes) + 1  # and the random state
 
 
+@pytest.mark.gpu
+def test_copies_from_a_gpu_are_of_the_moment() -> None:
+    """Page-locked memory; what the GPU still has to do before the save is waited for."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    memory = HostMemory(device)
+    tensors = {"a": torch.zeros(2**26, device=device), "b": torch.randn(1000, 3, device=device), "c": torch.randn(5)}
+    factor = torch.randn(4096, 4096, device=device)
+    for _ in range(20):
+        factor = (factor @ factor).clamp(-1, 1)
+    tensors["a"].add_(1)
+    copies = memory.copy(tensors, torch.cuda.current_stream().record_event())
+    assert memory.pinned
+    assert copies["a"].is_pinned()
+    assert equal(copies, {name: tensor.cpu() for name, tensor in tensors.items()})
+    memory.unpin()
+    assert not memory.pinned
+
+
 def test_host_memory_is_used_again() -> None:
     memory = HostMemory(torch.device("cpu"))
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(7, dtype=torch.uint8), "c": torch.randn(100)[::2]}
