@@ -49,7 +49,9 @@ def main(config: RunConfig) -> int:
     console.print(f"Samples an epoch  {(prepared.train.num_tokens - 1) // config.model.sequence_length:,}")
     show_samples(prepared, config, console)
     picture = prepared.folder / "document_lengths.png"
-    plot_lengths({"train": lengths, "validation": prepared.validation.document_lengths()}, picture)
+    by_split = {f"{part.name} train".strip(): part.train.document_lengths() for part in prepared.parts}
+    by_split |= {f"{part.name} validation".strip(): part.validation.document_lengths() for part in prepared.parts}
+    plot_lengths(by_split, picture)
     console.print(f"\nChecksums agree. Histogram of document lengths: {picture}")
     return 0
 

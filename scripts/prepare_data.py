@@ -10,6 +10,7 @@ used as it is; what was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,21 +31,22 @@ def main(config: RunConfig) -> int:
     with show_progress() as progress:
         prepared = prepare(config.data, progress)
     console.print(summary(prepared))
-    console.print(f"Corpus     {prepared.folder}")
+    for part in prepared.parts:
+        console.print(f"Corpus     {part.folder}")
     console.print(f"Tokenizer  {prepared.tokenizer_path} ({prepared.vocab_size:,} tokens)")
     console.print("Next       python train.py with the same data keys; scripts/inspect_data.py shows what is in it.")
     return 0
 
 
 def summary(prepared: PreparedData) -> Table:
-    """Counts of both splits."""
+    """Counts of both splits, of each source of a mixture."""
     table = Table("split")
     for name in ("documents", "tokens", "MB of text", "bytes per token", "shards"):
         table.add_column(name, justify="right")
-    for name in SPLITS:
-        dataset = prepared.train if name == "train" else prepared.validation
+    for part, name in product(prepared.parts, SPLITS):
+        dataset = part.train if name == "train" else part.validation
         table.add_row(
-            name,
+            f"{part.name} {name}".strip(),
             f"{dataset.num_documents:,}",
             f"{dataset.num_tokens:,}",
             f"{dataset.num_bytes / 1e6:,.2f}",

@@ -1,4 +1,7 @@
-"""Preparation: right, the same for any number of workers, and never half done whatever happens to it."""
+"""Preparation: right, the same for any number of workers, and never half done whatever happens to it.
+
+FAULT_KILLS=50 kills the preparations of `test_killed_at_random_moments` that often, instead of a handful of times.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from data.shards import MANIFEST, ShardWriter, SplitInfo, TokenDataset, can_resu
 from data.worker import text_hash
 from tests.data.conftest import jsonl_config, make_texts, write_jsonl
 
+KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 PREPARE = """
 import sys
 from pathlib import Path
@@ -125,13 +129,17 @@ def kill_tree_and_wait(process: subprocess.Popen[str]) -> None:
 
 
 def test_killed_at_random_moments(big: tuple[Path, Path, str], tmp_path: Path) -> None:
-    """kill -9 again and again, then a run to the end: the same bytes, and nothing unfinished under the final name."""
+    """kill -9 again and again, then a run to the end: the same bytes, and nothing unfinished under the final name.
+
+    The tokenizer is removed each time, so that its training is hit as well, and so is a corpus that got finished.
+    """
     corpus, reference, content_hash = big
     cache = tmp_path / "cache"
     rng = random.Random(0)
-    kills = 0
-    for _ in range(4):
-        shutil.rmtree(cache / "tokenizers", ignore_errors=True)  # so that its training is hit as well
+    kills, stages = 0, set()
+    while kills < KILLS:
+        shutil.rmtree(cache / "tokenizers", ignore_errors=True)
+        shutil.rmtree(cache / reference.name, ignore_errors=True)
         for lock in cache.glob("*.lock"):
             lock.unlink()
         process = start(corpus, cache)
@@ -142,10 +150,12 @@ def test_killed_at_random_moments(big: tuple[Path, Path, str], tmp_path: Path) -
         except subprocess.TimeoutExpired:
             kills += 1
         kill_tree_and_wait(process)
+        stages.add("tokenize" if list(cache.glob("*.partial")) else "tokenizer")
         for folder in cache.glob("jsonl-*"):
             if folder.is_dir() and folder.suffix != ".partial":
                 open_prepared(folder, verify=True)
-    assert kills >= 1
+                stages.add("done")
+    assert KILLS < 50 or stages >= {"tokenizer", "tokenize"}, f"every kill hit the same stage: {stages}"
     process = start(corpus, cache, workers=2)
     output, errors = process.communicate(timeout=120)
     assert output.strip() == content_hash, errors
