@@ -7,6 +7,7 @@ under a plain `srun`: what ends the others when one is gone is our own doing.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -250,6 +251,29 @@ def signal_in_save(job: Job, rank: int) -> None:
     checkpoint.write_share = write_share
 
 
+def slow_save(job: Job, rank: int) -> None:
+    """Each rank takes another time to write, so that saves and steps overlap in all ways."""
+    plain = checkpoint.write_share
+
+    def write_share(taken: Snapshot, *args: Any) -> Shard:
+        time.sleep(0.05 * (rank + taken.manifest.step % 4))
+        return plain(taken, *args)
+
+    checkpoint.write_share = write_share
+
+
+def full_disk(job: Job, rank: int) -> None:
+    """One rank's disk has no room for one checkpoint."""
+    plain = checkpoint.write_shard
+
+    def write_shard(path: Path, *args: Any) -> Any:
+        if rank == job.fault_rank and f"_{job.at_step:08d}" in path.parent.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(path, *args)
+
+    checkpoint.write_shard = write_shard
+
+
 FAULTS: dict[str, Callable[[Job, int], None]] = {
     "die": after_step(die),
     "hang": after_step(hang),
@@ -259,6 +283,8 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "nan": nan_gradient,
     "signal in evaluation": signal_in_evaluation,
     "signal in save": signal_in_save,
+    "slow save": slow_save,
+    "full disk": full_disk,
 }
 
 if __name__ == "__main__":

@@ -162,6 +162,23 @@ def test_full_disk(faults: Faults, small_disk: Path, asynchronous: str) -> None:
     faults.finish(run)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_full_disk_of_one_rank_ends_all(faults: Faults, tmp_path: Path, rank: int) -> None:
+    faults.start(tmp_path, ranks=2, fault="full disk", at_step=6, fault_rank=rank, codes=[2, 2])
+    assert f"step_00000006 was not written, earlier ones are as they were: rank {rank}: No space" in " ".join(
+        output(tmp_path).split()
+    )
+    assert newest(tmp_path) == 4
+    faults.finish(tmp_path, ranks=2)
+
+
+def test_saves_that_last_longer_than_steps(faults: Faults, tmp_path: Path) -> None:
+    """Steps, polls and saves of two ranks interleave, each kind on collectives of its own."""
+    faults.start(tmp_path, "train.save_every=1", ranks=2, fault="slow save", codes=[0, 0])
+    assert_equal_runs(faults.undisturbed(2)[0], tmp_path)
+    assert newest(tmp_path) == STEPS
+
+
 def test_nan_gradient_stops_the_run(faults: Faults, tmp_path: Path) -> None:
     faults.start(tmp_path, fault="nan", at_step=6, codes=[2])
     said = " ".join(output(tmp_path).split())
