@@ -10,8 +10,10 @@ Saves don't overlap: the next one, and the end of the run, wait for the one unde
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +32,8 @@ from training.engine import Engine
 from training.state import TrainState
 
 LOG = logging.getLogger(__name__)
+BYTES_PER_ELEMENT = 12
+"""Master and two moments, fp32."""
 ALIGNMENT = 64
 """Bytes; where a tensor begins in the host's memory."""
 
@@ -42,7 +46,8 @@ class Saver:
         folder: `<run>/checkpoints`.
         tokenizer_hash: noted in the manifests.
         keep_last, keep_every: which older ones stay; see `checkpoint.save`.
-        asynchronous: write on a thread. Takes CPU memory for this rank's fp32 masters and moments, until `close`.
+        asynchronous: write on a thread. Takes CPU memory for this rank's fp32 masters and moments, until `close`;
+            where a machine doesn't have it, saves are synchronous, with a warning.
         progress: called whenever a part of a checkpoint is written; from the writing thread.
     """
 
@@ -62,11 +67,11 @@ class Saver:
         self.tokenizer_hash = tokenizer_hash
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self.asynchronous = asynchronous
+        self.asynchronous = asynchronous and memory_suffices(engine)
         self.progress = progress
         self.stalled_s = 0.0
         """Time that training has waited for saves so far, seconds."""
-        self._processes = with_own_group(engine.processes) if asynchronous else engine.processes
+        self._processes = with_own_group(engine.processes) if self.asynchronous else engine.processes
         self._memory = HostMemory(engine.device)
         self._write: _Write | None = None
         self._hook = engine.partition.adamw.register_step_pre_hook(self._before_update)
@@ -174,6 +179,37 @@ def with_own_group(processes: Processes) -> Processes:
     if processes.control is None:
         return processes
     return replace(processes, control=dist.new_group(backend="gloo", timeout=processes.timeout))
+
+
+def memory_suffices(engine: Engine) -> bool:
+    """Whether all machines have CPU memory for a copy of their ranks' state, and a fifth of it left. Collective."""
+    own = sum(at.length for at in engine.partition.ranges(owned=True)) * BYTES_PER_ELEMENT
+    host = socket.gethostname()
+    needed = sum(size for place, size in engine.processes.gather((host, own)) if place == host)
+    available = available_memory()
+    short = None if needed <= 0.8 * available else (host, needed, available)
+    shorts = [found for found in engine.processes.gather(short) if found is not None]
+    if shorts:
+        host, needed, available = shorts[0]
+        LOG.warning(
+            f"train.async_save needs {needed / 1e9:.1f} GB of CPU memory on {host}, {available / 1e9:.1f} GB are free: "
+            "saves wait for the disk"
+        )
+    return not shorts
+
+
+def available_memory() -> float:
+    """Bytes of CPU memory that can be had without swapping, within the container's limit; infinite if unknown."""
+    found = [float("inf")]
+    with contextlib.suppress(OSError):  # not Linux
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(float(lines["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
+        limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - used + float(statistics["inactive_file"]))  # the page cache counts as used
+    return min(found)
 
 
 class HostMemory:

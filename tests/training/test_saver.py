@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +15,11 @@ import torch
 
 from tests.training.conftest import equal, make_engine, run_config, state_of, train
 from training import checkpoint, rng
+from training import saver as saver_module
 from training.checkpoint import CheckpointError
 from training.distributed import Processes
 from training.engine import Engine
-from training.saver import HostMemory, Saver
+from training.saver import HostMemory, Saver, available_memory
 from training.state import TrainState
 
 Build = Callable[..., Engine]
@@ -219,6 +222,26 @@ def test_too_little_memory_is_an_error_of_the_save(
     with pytest.raises(CheckpointError, match=r"no CPU memory .*train\.async_save=false"):
         saver.wait()
     saver.close()
+
+
+def test_a_machine_without_the_memory_saves_at_once(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = build(1)
+    needed = 12 * sum(math.prod(shape) for shape in one.shapes.values())
+    for factor, asynchronous in ((1.26, True), (1.24, False)):
+        monkeypatch.setattr(saver_module, "available_memory", lambda factor=factor: factor * needed)
+        saver = saver_of(one, tmp_path)
+        assert saver.asynchronous == asynchronous
+        assert ("train.async_save needs" in caplog.text) != asynchronous
+        saver.close()
+    saver.save(TrainState(step=1))
+    assert checkpoint.find_checkpoint(tmp_path).name == "step_00000001"
+
+
+def test_available_memory_is_that_of_this_machine() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < available_memory() <= total
 
 
 def test_progress_is_told_by_tensor(build: Build, tmp_path: Path) -> None:
