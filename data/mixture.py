@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from configs.schema import DataConfig
+from configs.schema import DataConfig, Source
 from data.errors import DataError
 from data.order import BLOCK, MixtureOrder, SampleOrder, quotas
 from data.shards import SplitInfo, TokenDataset
@@ -80,6 +80,10 @@ def check_mixture(config: DataConfig) -> None:
             raise DataError(f"{where}.name={entry.name} is there twice: metrics need a name for each source.")
         if not (math.isfinite(entry.weight) and entry.weight > 0):
             raise DataError(f"{where}.weight={entry.weight} must be above 0; leave the source out for none of it.")
+        if entry.source is Source.stdlib and entry.path is not None:
+            raise DataError(f"{where}.path={entry.path} is not read: source stdlib has none. Give another source.")
+        if entry.source is not Source.hub and entry.validation_split is not None:
+            raise DataError(f"{where}.validation_split is for source hub: use data.validation_fraction.")
     for entry, quota in zip(config.mixture, quotas([entry.weight for entry in config.mixture]), strict=True):
         if quota == 0:
             raise DataError(

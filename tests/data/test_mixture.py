@@ -224,6 +224,8 @@ def test_progress_goes_one_way(config: DataConfig, tmp_path: Path, monkeypatch: 
         ({"weight": 0.0}, r"data\.mixture\[1\]\.weight=0\.0 must be above 0"),
         ({"weight": float("nan")}, r"data\.mixture\[1\]\.weight=nan"),
         ({"weight": 1e-6}, r"the weight 1e-06 of small is less than 1/4096"),
+        ({"source": Source.stdlib}, r"data\.mixture\[1\]\.path=.* is not read"),
+        ({"validation_split": "test"}, r"data\.mixture\[1\]\.validation_split is for source hub"),
         ({"path": None}, r"data\.path is not set"),
         ({"text_key": "no"}, r"data\.text_key=no is not in"),
     ],
