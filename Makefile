@@ -26,10 +26,10 @@ lint: .venv/installed
 
 test: lint
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
-	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu and not soak" --durations=15 $(ARGS)
+	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu" --durations=15 $(ARGS)
 
 soak: .venv/installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS)
+	@FAULT_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_faults.py tests/data/test_prepare.py -k killed --timeout 3600 $(ARGS)
 
 test-gpu: .venv/installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
