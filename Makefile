@@ -26,7 +26,7 @@ lint: .venv/installed
 
 test: lint
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
-	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu" --durations=15 $(ARGS)
+	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=15 $(ARGS)
 
 soak: .venv/installed
 	@FAULT_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_faults.py tests/data/test_prepare.py -k killed --timeout 3600 $(ARGS)
