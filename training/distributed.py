@@ -100,10 +100,11 @@ def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Process
     timeout = timedelta(minutes=timeout_minutes)
     if target.type == "cuda":
         torch.cuda.set_device(target)
+    store = restart_store(os.environ, timeout) if detected else dist.HashStore()
     dist.init_process_group(
         backend="nccl" if target.type == "cuda" else "gloo",
-        store=None if detected else dist.HashStore(),
-        init_method=launch.address if detected else None,
+        store=store,
+        init_method=launch.address if store is None else None,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
@@ -112,6 +113,20 @@ def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Process
     host = os.environ.get("MASTER_ADDR") if launch.address == "env://" else urlsplit(launch.address).hostname
     rank, world_size, local_rank = launch.rank, launch.world_size, launch.local_rank
     return Processes(rank, world_size, local_rank, target, timeout, control, host or "localhost")
+
+
+def restart_store(environment: Mapping[str, str], timeout: timedelta) -> dist.Store | None:
+    """Where the processes find each other after `torchrun --max-restarts` has started them again; else None.
+
+    On one node torchrun keeps its store, which still holds the addresses of the processes that have died. Those of
+    several nodes don't count restarts alike, and meet at a new store.
+    """
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    one_node = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+    if restarts == 0 or not one_node or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return dist.PrefixStore(f"restart_{restarts}", dist.TCPStore(host, port, is_master=False, timeout=timeout))
 
 
 def pick_device(device: Device, local_rank: int) -> torch.device:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.runs.conftest import TINY, losses, rows
+from tests.runs.conftest import ENVIRONMENT, ROOT, TINY, losses, rows
 from tests.runs.faults import Driver, Job, Outcome, output
 from tests.runs.test_resume import assert_equal_runs
 from training.checkpoint import checkpoints, find_checkpoint, step_of
@@ -105,6 +108,22 @@ def test_a_dead_rank_ends_the_others(faults: Faults, tmp_path: Path, rank: int, 
     assert "is gone: its process was killed or crashed" in said
     assert newest(tmp_path) >= 2
     faults.finish(tmp_path, ranks=2)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_dead_rank(faults: Faults, tmp_path: Path) -> None:
+    calm, _ = faults.undisturbed(2)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "train.py"]
+    command = [sys.executable, "-m", *launcher, *faults.settings, f"run_dir={tmp_path / 'run'}"]
+    with (tmp_path / "output").open("w") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT)
+    while len(rows(tmp_path / "run")) < 4 and process.poll() is None:
+        time.sleep(0.005)
+    ranks = [child for child in psutil.Process(process.pid).children() if "train.py" in child.cmdline()]
+    ranks[1].kill()
+    assert process.wait(timeout=120) == 0, (tmp_path / "output").read_text()
+    assert "Going on from" in (tmp_path / "output").read_text()
+    assert_equal_runs(calm, tmp_path / "run")
 
 
 def test_an_error_on_one_rank_reaches_the_user(faults: Faults, tmp_path: Path) -> None:
