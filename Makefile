@@ -35,7 +35,7 @@ test-gpu: .venv/installed
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 compile-check: .venv/installed
-	@$(BIN)/python scripts/compile_check.py $(ARGS)
+	@$(BIN)/python scripts/compile_check.py --triton 3.6.0 3.9.0 $(ARGS)
 
 constraints: .venv/installed
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
