@@ -130,6 +130,7 @@ def test_stdlib_is_source_code_without_tests() -> None:
     assert 5e6 < sum(map(len, texts)) < 30e6
     assert any("class JSONDecoder" in text for text in texts)
     assert not any("class TestCase(unittest" in text or "import idlelib" in text for text in texts)
+    assert not any("LATIN SMALL LETTER" in text and "decoding_table" in text for text in texts)
     assert source.identity() == StdlibSource().identity()
 
 
