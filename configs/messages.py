@@ -78,10 +78,12 @@ def _unknown_key(text: str, schema: type) -> str | None:
 def unknown_key(key: str, schema: type) -> str:
     """The message for a key that the schema does not have."""
     keys = list(schema_keys(schema))
-    if key in {k.rsplit(".", 1)[0] for k in keys if "." in k}:
-        example = next(k for k in keys if k.startswith(key + "."))
-        return f"'{key}' is a group of keys: give one of its options ({key}=NAME) or one key ({example}=)."
-    return f"Unknown key '{key}'.{_closest(key, keys)} All keys: --cfg job; their meaning: configs/schema.py."
+    groups = ["experiment", *dict.fromkeys(k.split(".")[0] for k in keys if "." in k)]
+    if key in groups:
+        example = next((f" or one key ({k}=)" for k in keys if k.startswith(key + ".")), "")
+        return f"'{key}' is a group of keys: give one of its options ({key}=NAME){example}."
+    hint = _closest(key, [*groups, *keys])
+    return f"Unknown key '{key}'.{hint} All keys: --cfg job; their meaning: configs/schema.py."
 
 
 def _wrong_value(text: str) -> str | None:

@@ -55,6 +55,8 @@ def test_overrides_win_over_experiments() -> None:
     [
         ("train.stepz=3", "'train.stepz'. Did you mean 'train.steps'"),
         ("steps=3", "Did you mean 'train.steps'"),
+        ("modle=llama", "Did you mean 'model'"),
+        ("experment=gpt2_124m", "Did you mean 'experiment'"),
         ("+train.stepz=3", "'train.stepz'"),
         ("+new.key=3", "'new.key'"),
         ("train.steps=many", "'train.steps': Value 'many'"),
