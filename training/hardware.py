@@ -2,7 +2,8 @@
 
 A row of the table is one product, keyed by the exact name that `torch.cuda.get_device_name` prints for it.
 Rates are **dense** TFLOP/s at boost clock with fp32 accumulation, as the manufacturer states them; a
-datasheet that only gives the figure with 2:4 sparsity is halved. Each row names its source.
+datasheet that only gives the figure with 2:4 sparsity is halved. Each row names the document its figures
+belong to; docs/mfu.md says which of them were compared with it.
 
 Names are compared exactly after `normalise_name`, never by substring: "NVIDIA L4" is not "NVIDIA L40S", and a
 MIG slice ("NVIDIA A100-SXM4-40GB MIG 1g.5gb") or an engineering sample is unknown rather than wrong by a
