@@ -29,6 +29,7 @@ from kernels.attention import op as _op  # registers the operators
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ops: Any = getattr(torch.ops, _op.NAMESPACE)
+_OVERLOADS = {name: getattr(_ops, name).default for name in _op.PACKINGS}
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
@@ -130,7 +131,7 @@ def _run(
         dropout_p,
         deterministic,
     )
-    out, lse = getattr(_ops, name)(*packed, *options)
+    out, lse = _OVERLOADS[name](*packed, *options)
     if not return_attn_probs:
         return out
     if dropout_p == 0.0:

@@ -7,17 +7,20 @@ is visible outside it:
 ``supports(problem) -> str | None``
     ``None`` if the path can compute ``problem``, otherwise one sentence that says why not (shown to the user
     when the path was forced). Must not touch a device.
-``forward(q, k, v, params, extras) -> (out, lse)``
+``forward(q, k, v, params, extras, memo) -> (out, lse)``
     Allocates and returns ``out`` (the shape and dtype of ``q``, contiguous) and ``lse`` (fp32, natural log,
     ``(B, H, Sq)`` dense or ``(H, total_q)`` varlen; ``-inf`` for a row that sees no key, whose ``out`` row is
     0).
-``backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras) -> None``
+``backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras, memo) -> None``
     Fills the given gradients in place. ``dq``, ``dk``, ``dv`` are ``None`` where no gradient is wanted;
     ``dk`` and ``dv`` are wanted or not wanted together. They may be strided slices of one packed tensor (last
     stride 1). ``dlse`` is the gradient of ``lse`` or ``None``. Every element of a sequence must be written,
     also for keys that no query sees (0). Dense gradients arrive uninitialised; varlen ones arrive zeroed, so
     that tokens past ``cu_seqlens[-1]``, which belong to no sequence, keep 0. (``forward`` allocates its own
     results and must see to the same: 0 in ``out`` and -inf in ``lse`` there.)
+
+``memo`` is a dict that comes again with every call of the same geometry (shapes, strides, dtypes, 16-byte alignment,
+device, scalars): a path keeps in it what it works out of nothing else, so that a call costs the host little.
 
 All tensors have unit stride in the last dimension (the operator copies the others first), any other strides,
 one device, and one dtype (fp16, bf16 or fp32) but for ``lse``, ``dlse`` (fp32) and those in
@@ -31,7 +34,7 @@ Dense layout is (B, S, H, D); varlen layout is (total, H, D) with ``cu_seqlens``
 import importlib
 import os
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -39,9 +42,8 @@ from torch import Tensor
 PATH_ENV = "FLASH_ATTN_PATH"
 PATHS: dict[str, str] = {"hopper": "kernels.attention.hopper", "portable": "kernels.attention.portable"}
 """Path name -> the package that implements it."""
-AUTO_PATHS: tuple[str, ...] = ("portable",)
-"""What ``auto`` may choose, fastest first. A path joins once the GPU tests have passed with it on its
-hardware."""
+AUTO_PATHS: tuple[str, ...] = ("hopper", "portable")
+"""What ``auto`` may choose, fastest first."""
 
 Direction = Literal["forward", "backward"]
 
@@ -119,7 +121,7 @@ class Path(Protocol):
     def supports(self, problem: Problem) -> str | None: ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras
+        self, q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any]
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -136,6 +138,7 @@ class Path(Protocol):
         dv: Tensor | None,
         params: AttnParams,
         extras: AttnExtras,
+        memo: dict[str, Any],
     ) -> None: ...
 
 

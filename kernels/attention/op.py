@@ -12,14 +12,16 @@ output shapes (fake kernels), cast q, k, v under autocast, and refuse second der
 drawn outside (``rng_state``), so that an operator is a pure function of its arguments.
 """
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.attention import portable
-from kernels.attention.dispatch import AttnExtras, AttnParams, choose_path, describe, get_path
+from kernels.attention.dispatch import PATH_ENV, AttnExtras, AttnParams, Path, choose_path, describe, get_path
 
 NAMESPACE = "flashtrain"
 _OPTIONS = (
@@ -28,7 +30,7 @@ _OPTIONS = (
     "SymInt window_left, SymInt window_right, float softcap, float dropout_p, bool deterministic"
 )
 _NUM_EXTRAS = 4
-_PACKINGS = {"attention": ("q", "k", "v"), "attention_kvpacked": ("q", "kv"), "attention_qkvpacked": ("qkv",)}
+PACKINGS = {"attention": ("q", "k", "v"), "attention_kvpacked": ("q", "kv"), "attention_qkvpacked": ("qkv",)}
 _MAX_ROW_STRIDE = 2**23
 """Kernels compute offsets inside a tile of up to 256 rows in 32 bits."""
 
@@ -46,8 +48,63 @@ def unpack(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.select(-3, 0), qkv.select(-3, 1), qkv.select(-3, 2)  # (..., 3, H, D) -> (..., H, D)
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What depends on nothing but the geometry of a call: worked out once, looked up ever after."""
+
+    path: Path
+    params: AttnParams
+    ready: bool
+    """The kernels can address all tensors as they are."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """The path's own part."""
+
+
+_known: dict[tuple[Any, ...], _Known] = {}
+_MAX_KNOWN = 4096
+
+
+def forget() -> None:
+    """Drop all that was worked out for calls seen so far: needed after a change of a tuning table."""
+    _known.clear()
+
+
+def _geometry(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """All of a tensor that the launch of a kernel depends on, but its address."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0
+
+
+def _key(tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`tensors` of one call, the first of them present, and its scalars: what `_Known` is known by."""
+    device = tensors[0].device if tensors[0] is not None else None
+    return (os.environ.get(PATH_ENV), device, *map(_geometry, tensors), *scalars)
+
+
+def _learn(key: tuple[Any, ...], tensors: tuple[Tensor, ...], options: tuple[Any, ...], direction: Any) -> _Known:
+    """Choose the path of a call on ``tensors`` (q, k, v, and dout backward) and keep the choice."""
+    params, extras = _parse_options(options)
+    path = get_path(choose_path(describe(tuple(map(_kernel_ready, tensors)), params, extras, direction)))
+    known = _Known(path, params, all(_kernel_ready(t) is t for t in tensors))
+    if len(_known) >= _MAX_KNOWN:
+        _known.clear()
+    _known[key] = known
+    return known
+
+
+_NO_EXTRAS = AttnExtras()
+
+
+def _parse_extras(options: tuple[Any, ...]) -> AttnExtras:
+    given = options[:_NUM_EXTRAS]
+    if given == (None,) * _NUM_EXTRAS:
+        return _NO_EXTRAS
+    return AttnExtras(*(None if t is None else t.contiguous() for t in given))
+
+
 def _parse_options(options: tuple[Any, ...]) -> tuple[AttnParams, AttnExtras]:
-    extras = AttnExtras(*(None if t is None else t.contiguous() for t in options[:_NUM_EXTRAS]))
+    extras = _parse_extras(options)
     max_q, max_k, scale, causal, left, right, softcap, dropout_p, deterministic = options[_NUM_EXTRAS:]
     right = 0 if causal else right
     reach = max_q + max_k  # no pair of positions is further apart: such a limit is none
@@ -74,10 +131,14 @@ def _kernel_ready(tensor: Tensor) -> Tensor:
 
 def _forward(num_tensors: int) -> Callable[..., tuple[Tensor, Tensor]]:
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        params, extras = _parse_options(args[num_tensors:])
-        q, k, v = (_kernel_ready(t) for t in unpack(args[:num_tensors]))
-        path = get_path(choose_path(describe((q, k, v), params, extras, "forward")))
-        return path.forward(q, k, v, params, extras)
+        num_saved = num_tensors + _NUM_EXTRAS
+        options = args[num_tensors:]
+        q, k, v = unpack(args[:num_tensors])
+        key = _key(args[:num_saved], args[num_saved:])
+        known = _known.get(key) or _learn(key, (q, k, v), options, "forward")
+        if not known.ready:
+            q, k, v = (_kernel_ready(t) for t in (q, k, v))
+        return known.path.forward(q, k, v, known.params, _parse_extras(options), known.memo)
 
     return forward
 
@@ -107,7 +168,8 @@ def _backward(num_tensors: int) -> Callable[..., Any]:
     def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
         packed = args[:num_tensors]
         need_q, need_kv = args[num_tensors : num_tensors + 2]
-        params, extras = _parse_options(args[num_tensors + 2 :])
+        options = args[num_tensors + 2 :]
+        extras = _parse_extras(options)
         grads = _new_gradients(packed, _wanted(num_tensors, need_q, need_kv), extras.varlen)
         if num_tensors == 3:
             dq, dk, dv = (g if g.numel() == t.numel() else None for g, t in zip(grads, packed, strict=True))
@@ -116,12 +178,14 @@ def _backward(num_tensors: int) -> Callable[..., Any]:
             dk, dv = (grads[1].select(-3, 0), grads[1].select(-3, 1)) if need_kv else (None, None)
         else:
             dq, dk, dv = unpack((grads[0],))
-        q, k, v = (_kernel_ready(t) for t in unpack(packed))
-        dout = _kernel_ready(dout)
+        q, k, v = unpack(packed)
+        tensors = (dout, dlse, out, lse, *packed, *options[:_NUM_EXTRAS])
+        key = _key(tensors, (need_q, need_kv, *options[_NUM_EXTRAS:]))
+        known = _known.get(key) or _learn(key, (q, k, v, dout), options, "backward")
+        if not known.ready:
+            q, k, v, dout = (_kernel_ready(t) for t in (q, k, v, dout))
         dlse = None if dlse is None else dlse.contiguous()
-        problem = describe((q, k, v, dout), params, extras, "backward")
-        path = get_path(choose_path(problem))
-        path.backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras)
+        known.path.backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, known.params, extras, known.memo)
         return tuple(grads) if num_tensors > 1 else grads[0]
 
     return backward
@@ -157,7 +221,7 @@ def _autograd(name: str, num_tensors: int) -> Callable[..., tuple[Tensor | None,
         if dout is None and dlse is None:
             return (None,) * num_tensors + rest
         dout = torch.zeros_like(out) if dout is None else dout
-        op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
+        op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
         grads = op(dout, dlse, out, lse, *packed, need_q, need_kv, *extras, *ctx.scalars)
         grads = grads if num_tensors > 1 else (grads,)
         return tuple(g if want else None for g, want in zip(grads, wanted, strict=True)) + rest
@@ -228,5 +292,5 @@ def _define_probs() -> None:
 
 
 _define_probs()
-for _name, _inputs in _PACKINGS.items():
+for _name, _inputs in PACKINGS.items():
     _define(_name, _inputs)

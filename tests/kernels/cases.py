@@ -101,13 +101,14 @@ def assert_close(name: str, got: Tensor, plain: Tensor, truth: Tensor, factor: f
 
 
 def assert_lse(got: Tensor, truth: Tensor) -> None:
-    """Equal to 1e-3, and -inf in the same places."""
+    """Equal to 1e-3, or to what fp32 can tell apart at scores of 1e5, and -inf in the same places."""
     empty = torch.isneginf(truth)
     assert torch.equal(torch.isneginf(got), empty), "lse: -inf in other rows than the truth"
     assert got.dtype == torch.float32
     if (~empty).any():
-        error = (got.double() - truth)[~empty].abs().max().item()
-        assert error <= 1e-3, f"lse: error {error:.3e}"
+        error = (got.double() - truth)[~empty].abs()
+        limit = truth[~empty].abs() * 2 * torch.finfo(torch.float32).eps + 1e-3
+        assert (error <= limit).all(), f"lse: error {error.max().item():.3e}"
 
 
 def check_dense(case: Case) -> None:

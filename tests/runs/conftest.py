@@ -37,7 +37,7 @@ TINY = (
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "HYDRA_FULL_ERROR")} | {
     "OMP_NUM_THREADS": "1",
     "WANDB_API_KEY": "",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
 }
 
 

@@ -1,8 +1,7 @@
 """The Hopper path: warp-specialised Gluon kernels for the combinations that training uses, on sm_90 GPUs
 only.
 
-`supports` says which; the portable path does the rest. The path is not in ``dispatch.AUTO_PATHS`` before
-``tests/kernels/gpu/test_hopper_*.py`` have passed on a GPU; ``FLASH_ATTN_PATH=hopper`` selects it meanwhile.
+`supports` says which; the portable path does the rest.
 
 | | forward | backward |
 |---|---|---|
@@ -18,7 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,9 @@ def supports(problem: Problem) -> str | None:
     return next((reason for failed, reason in checks if failed), None) or _triton_problem()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """See ``kernels.attention.dispatch``."""
     from kernels.attention.hopper.launch import launch_forward
 
@@ -83,9 +84,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExt
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if k.shape[-3] == 0:
-        return out, lse
-    launch_forward(q, k, v, out, lse, params, extras)
+    if out.numel() > 0 and k.shape[-3] > 0 and params.max_seqlen_q > 0:
+        launch_forward(q, k, v, out, lse, params, extras, memo)
     return out, lse
 
 
@@ -102,18 +102,19 @@ def backward(
     dv: Tensor | None,
     params: AttnParams,
     extras: AttnExtras,
+    memo: dict[str, Any],
 ) -> None:
     """See ``kernels.attention.dispatch``."""
     from kernels.attention.hopper.launch import addressable, launch_backward
 
-    if q.shape[-3] == 0 or k.shape[-3] == 0 or q.shape[0] == 0:
+    if 0 in q.shape or 0 in k.shape or params.max_seqlen_q == 0 or params.max_seqlen_k == 0:
         for grad in (dq, dk, dv):
             if grad is not None:
                 grad.zero_()
         return
     targets = [t if t is not None and addressable(t) else torch.zeros_like(like) for t, like in ((dk, k), (dv, v))]
     targets = [t if addressable(t) else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in targets]
-    launch_backward(dout, q, k, v, out, lse, dlse, dq, targets[0], targets[1], params, extras)
+    launch_backward(dout, q, k, v, out, lse, dlse, dq, targets[0], targets[1], params, extras, memo)
     for grad, target in zip((dk, dv), targets, strict=True):
         if grad is not None and grad is not target:
             grad.copy_(target)

@@ -16,12 +16,14 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 from kernels.attention.dispatch import AttnExtras, AttnParams
 from kernels.attention.hopper import tuning
 from kernels.attention.hopper.elementwise import backward_postprocess, backward_preprocess, list_tiles
 from kernels.attention.hopper.gluon_backward import backward_kernel
 from kernels.attention.hopper.gluon_forward import forward_kernel
+from kernels.attention.relaunch import Launch
 
 RAGGED_ROWS = 2**30
 RAGGED_STRIDE = 2**34
@@ -86,31 +88,10 @@ def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMAShared
     return gl.NVMMASharedLayout.get_default_for(list(block), _GL_DTYPE[dtype])
 
 
-_templates: dict[tuple[Any, ...], dict[str, Any]] = {}
-_MAX_TEMPLATES = 4096
-
-
 def describe_tensor(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
     """Descriptor of a (B, S, H, D) or (total, H, D) tensor, whatever its strides, in blocks of ``rows`` x ``width``.
 
-    Triton checks a descriptor's fields in Python, which costs more than everything else here; for a geometry seen
-    before, only the tensor is exchanged. (The cache holds no tensor.)
-    """
-    key = (tensor.shape, tensor.stride(), tensor.dtype, rows, width, varlen)
-    fields = _templates.get(key)
-    if fields is None:
-        if len(_templates) >= _MAX_TEMPLATES:
-            _templates.clear()
-        described = _describe(tensor, rows, width, varlen)
-        _templates[key] = {name: x for name, x in vars(described).items() if name != "base"}
-        return described
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields, base=tensor)
-    return descriptor
-
-
-def _describe(tensor: Tensor, rows: int, width: int, varlen: bool) -> TensorDescriptor:
-    """See tiles.py for how a varlen tensor gets five dimensions. Strides of dimensions of size 1 mean nothing and may
+    See tiles.py for how a varlen tensor gets five dimensions. Strides of dimensions of size 1 mean nothing and may
     be anything in torch, but must be valid here."""
     head_dim = tensor.shape[-1]
     stride_s, stride_h = (_stride(tensor, dim) for dim in (-3, -2))
@@ -141,7 +122,7 @@ def _addressable(shape: tuple[int, ...], strides: tuple[int, ...], size: int) ->
     return strides[-1] == 1 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[int | None, int], Tensor] = {}
 
 
 def _tile_counter(device: torch.device) -> Tensor:
@@ -153,16 +134,29 @@ def _tile_counter(device: torch.device) -> Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, driver.active.get_current_stream(device.index))
     if key not in _counters:
         _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _counters[key]
 
 
-def _tile_list(cu_seqlens: Tensor, batch: int, block: int, bound: int, descending: bool) -> Tensor:
-    """Counter, number of tiles and list of tiles for varlen (see list_tiles)."""
+def _plan_tile_list(cu_seqlens: Tensor, call: Call, bound: int, block: int, descending: bool) -> Launch:
+    """Fills (2 + 2 bound,) int32 from cu_seqlens: counter, number of tiles and list of tiles (see list_tiles)."""
+    arguments = {
+        "sched": torch.empty(0, dtype=torch.int32, device=cu_seqlens.device),
+        "cu_seqlens": cu_seqlens,
+        "num_seqs": call.batch,
+        "BLOCK": block,
+        "DESCENDING": descending,
+        "CHUNK": 1024,
+    }
+    return Launch(list_tiles, call.batch, arguments, num_warps=4)
+
+
+def _list_tiles(plan: Launch, cu_seqlens: Tensor | None, bound: int) -> Tensor:
+    assert cu_seqlens is not None
     sched = torch.empty(2 + 2 * bound, dtype=torch.int32, device=cu_seqlens.device)
-    list_tiles[(batch,)](sched, cu_seqlens, batch, BLOCK=block, DESCENDING=descending, CHUNK=1024, num_warps=4)
+    plan(sched, cu_seqlens)
     return sched
 
 
@@ -171,60 +165,83 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardPlan:
+    """A forward call but for its tensors."""
+
+    copies: tuple[bool, ...]
+    """Which of q, k, v the copy engine can't address: contiguous copies take their place."""
+    bound: int
+    """Upper bound of the query blocks of all sequences."""
+    tiles: Launch | None
+    """Lists the query blocks; varlen only."""
+    launch: Launch
+
+
 def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras,
+    memo: dict[str, Any],
+) -> None:  # fmt: skip
+    """Fill ``out`` (as q) and ``lse`` (fp32, natural log); there is at least one query and one key."""
+    plan: ForwardPlan = memo.get("forward") or _plan_forward(q, k, v, out, lse, params, extras)
+    memo["forward"] = plan
+    q, k, v = (t.contiguous() if copy else t for t, copy in zip((q, k, v), plan.copies, strict=True))
+    if plan.tiles is not None:
+        sched = _list_tiles(plan.tiles, extras.cu_seqlens_q, plan.bound)
+    else:
+        sched = _tile_counter(q.device)
+    plan.launch(q, k, v, out, lse, sched, extras.cu_seqlens_q, extras.cu_seqlens_k)
+
+
+def _plan_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras
-) -> None:
-    """Fill ``out`` (as q) and ``lse`` (fp32, natural log)."""
+) -> ForwardPlan:
     call = Call.of(q, k, params, extras)
     tile = tuning.FORWARD[call.width]
-    q, k, v = (t if addressable(t) else t.contiguous() for t in (q, k, v))
+    copies = tuple(not addressable(t) for t in (q, k, v))
+    q, k, v = (t.contiguous() if copy else t for t, copy in zip((q, k, v), copies, strict=True))
     bound = call.tiles("q", tile.block_m)
     num_tiles = bound * call.num_heads
-    if num_tiles == 0:
-        return
     group = call.num_heads // call.num_heads_k
     right = params.window_right >= 0
-    with torch.cuda.device(q.device):
-        if call.varlen:
-            assert extras.cu_seqlens_q is not None
-            sched = _tile_list(extras.cu_seqlens_q, call.batch, tile.block_m, bound, descending=right)
-        else:
-            sched = _tile_counter(q.device)
-        forward_kernel[(min(_num_sms(q.device), num_tiles),)](
-            q_desc=describe_tensor(q, 64, call.width, call.varlen),
-            k_desc=describe_tensor(k, tile.block_n, call.width, call.varlen),
-            v_desc=describe_tensor(v, tile.block_n, call.width, call.varlen),
-            o_desc=describe_tensor(out, 64, call.width, call.varlen),
-            lse_ptr=lse,
-            sched=sched,
-            cu_q=extras.cu_seqlens_q,
-            cu_k=extras.cu_seqlens_k,
-            wl=params.window_left,
-            wr=params.window_right,
-            num_m=triton.cdiv(call.seqlen_q, tile.block_m),
-            num_tiles=num_tiles,
-            section=tuning.section_heads(4 * call.seqlen_k * call.width // group, call.batch * call.num_heads, group),
-            Sq=call.seqlen_q,
-            Sk=call.seqlen_k,
-            num_heads=call.num_heads,
-            group=group,
-            batch_heads=call.batch * call.num_heads,
-            lse_stride_b=0 if call.varlen else lse.stride(0),
-            lse_stride_h=lse.stride(-2),
-            scale_log2=params.softmax_scale * LOG2E,
-            BM=tile.block_m,
-            BN=tile.block_n,
-            D=call.width,
-            STAGES=tile.stages,
-            CONSUMER_REGS=tile.consumer_regs,
-            VARLEN=call.varlen,
-            LEFT=params.window_left >= 0,
-            RIGHT=right,
-            OWN_O=tile.own_o,
-            PINGPONG=tile.pingpong,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    cu = extras.cu_seqlens_q
+    tiles = None if cu is None else _plan_tile_list(cu, call, bound, tile.block_m, descending=right)
+    arguments = {
+        "q_desc": describe_tensor(q, 64, call.width, call.varlen),
+        "k_desc": describe_tensor(k, tile.block_n, call.width, call.varlen),
+        "v_desc": describe_tensor(v, tile.block_n, call.width, call.varlen),
+        "o_desc": describe_tensor(out, 64, call.width, call.varlen),
+        "lse_ptr": lse,
+        "sched": torch.empty(0, dtype=torch.int32, device=q.device),
+        "cu_q": extras.cu_seqlens_q,
+        "cu_k": extras.cu_seqlens_k,
+        "wl": params.window_left,
+        "wr": params.window_right,
+        "num_m": triton.cdiv(call.seqlen_q, tile.block_m),
+        "num_tiles": num_tiles,
+        "section": tuning.section_heads(4 * call.seqlen_k * call.width // group, call.batch * call.num_heads, group),
+        "Sq": call.seqlen_q,
+        "Sk": call.seqlen_k,
+        "num_heads": call.num_heads,
+        "group": group,
+        "batch_heads": call.batch * call.num_heads,
+        "lse_stride_b": 0 if call.varlen else lse.stride(0),
+        "lse_stride_h": lse.stride(-2),
+        "scale_log2": params.softmax_scale * LOG2E,
+        "BM": tile.block_m,
+        "BN": tile.block_n,
+        "D": call.width,
+        "STAGES": tile.stages,
+        "CONSUMER_REGS": tile.consumer_regs,
+        "VARLEN": call.varlen,
+        "LEFT": params.window_left >= 0,
+        "RIGHT": right,
+        "OWN_O": tile.own_o,
+        "PINGPONG": tile.pingpong,
+    }
+    num_programs = min(_num_sms(q.device), num_tiles)
+    launch = Launch(forward_kernel, num_programs, arguments, num_warps=4, enable_fp_fusion=True)
+    return ForwardPlan(copies, bound, tiles, launch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,110 +272,184 @@ class Scratch:
         return lse, delta, TensorDescriptor(self.sums, list(self.sums.shape), [256, 1], [width // 4, 256], plain)
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardPlan:
+    """A backward call but for its tensors."""
+
+    call: Call
+    copies: tuple[bool, ...]
+    """Which of dO, q, k, v the copy engine can't address: contiguous copies take their place."""
+    bound: int
+    """Upper bound of the key blocks of all sequences."""
+    preprocess: Launch
+    tiles: Launch | None
+    """Lists the key blocks; varlen only."""
+    main: Launch
+    postprocess: Launch | None
+    """None: no dQ is wanted."""
+
+
 def launch_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+    dq: Tensor | None, dk: Tensor, dv: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any],
+) -> None:  # fmt: skip
+    """Fill ``dk``, ``dv`` and, if given, ``dq``. ``dk`` and ``dv`` must be addressable by the copy engine; there is at
+    least one query and one key."""
+    plan: BackwardPlan | None = memo.get("backward")
+    if plan is None:
+        plan = _plan_backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras)
+        memo["backward"] = plan
+    dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), plan.copies, strict=True))
+    lse_log2, delta, sums = _scratch(plan.call, q.device)
+    cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
+    plan.preprocess(out, dout, lse, dlse, lse_log2, delta, sums, cu_q)
+    sched = None if plan.tiles is None else _list_tiles(plan.tiles, cu_k, plan.bound)
+    plan.main(q, k, v, dout, lse_log2, delta, sums, dk, dv, sched, cu_q, cu_k)
+    if plan.postprocess is not None:
+        plan.postprocess(sums, dq, cu_q)
+
+
+def _plan_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
     dq: Tensor | None, dk: Tensor, dv: Tensor, params: AttnParams, extras: AttnExtras,
-) -> None:  # fmt: skip
-    """Fill ``dk``, ``dv`` and, if given, ``dq``. ``dk`` and ``dv`` must be addressable by the copy engine."""
+) -> BackwardPlan:  # fmt: skip
     call = Call.of(q, k, params, extras)
-    dout, q, k, v = (t if addressable(t) else t.contiguous() for t in (dout, q, k, v))
-    if call.batch == 0:
-        return
-    with torch.cuda.device(q.device):
-        scratch = Scratch.of(call, q.device)
-        _preprocess(call, dout, out, lse, dlse, scratch, extras)
-        _dkdv(call, dout, q, k, v, dk, dv, scratch, params, extras)
-        if dq is not None:
-            _postprocess(call, scratch, dq, params.softmax_scale, extras)
-
-
-def _strides(tensor: Tensor, varlen: bool) -> tuple[int, int, int]:
-    """(batch, sequence, head) strides; batch stride 0 for varlen."""
-    return (0, tensor.stride(0), tensor.stride(1)) if varlen else (tensor.stride(0), tensor.stride(1), tensor.stride(2))
-
-
-def _preprocess(
-    call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scratch: Scratch, extras: AttnExtras
-) -> None:
-    block = 64
-    num_blocks = triton.cdiv(call.seqlen_q, PAD) * (PAD // block)  # padding rows too
-    programs = num_blocks * call.batch * call.num_heads
-    if programs == 0:
-        return
-    none = (0, 0)
-    stride_g = none if dlse is None else (0, dlse.stride(0)) if call.varlen else (dlse.stride(0), dlse.stride(1))
-    stride_l = (0, lse.stride(0)) if call.varlen else (lse.stride(0), lse.stride(1))
-    strides = (*_strides(out, call.varlen), *_strides(dout, call.varlen), *stride_l, *stride_g)
-    backward_preprocess[(programs,)](
-        out, dout, lse, dlse, scratch.lse_log2, scratch.delta, scratch.sums, extras.cu_seqlens_q,
-        *strides, call.seqlen_q, call.padded, call.num_heads, num_blocks,
-        HEAD_DIM=call.head_dim, D=call.width, BLOCK=block, VARLEN=call.varlen, HAS_DLSE=dlse is not None, num_warps=8,
-    )  # fmt: skip
-
-
-def _dkdv(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor,
-    scratch: Scratch, params: AttnParams, extras: AttnExtras,
-) -> None:  # fmt: skip
-    tile = tuning.BACKWARD[call.width]
-    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
+    copies = tuple(not addressable(t) for t in (dout, q, k, v))
+    dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), copies, strict=True))
+    scratch = _scratch(call, q.device)
+    block_n = tuning.BLOCK_N_BACKWARD
     bound = call.tiles("k", block_n)
-    num_tiles = bound * call.num_heads_k
-    if num_tiles == 0:
-        return
-    sched = None
-    if call.varlen:
-        assert extras.cu_seqlens_k is not None
-        sched = _tile_list(extras.cu_seqlens_k, call.batch, block_n, bound, descending=False)
-    lse_desc, delta_desc, dq_desc = scratch.describe(call.width)
-    group = call.num_heads // call.num_heads_k
-    backward_kernel[(num_tiles,)](
-        q_desc=describe_tensor(q, block_m, call.width, call.varlen),
-        k_desc=describe_tensor(k, block_n, call.width, call.varlen),
-        v_desc=describe_tensor(v, block_n, call.width, call.varlen),
-        do_desc=describe_tensor(dout, block_m, call.width, call.varlen),
-        lse_desc=lse_desc,
-        delta_desc=delta_desc,
-        dq_desc=dq_desc,
-        dk_desc=describe_tensor(dk, block_n, call.width, call.varlen),
-        dv_desc=describe_tensor(dv, block_n, call.width, call.varlen),
-        sched=sched,
-        cu_q=extras.cu_seqlens_q,
-        cu_k=extras.cu_seqlens_k,
-        wl=params.window_left,
-        wr=params.window_right,
-        num_n=triton.cdiv(call.seqlen_k, block_n),
-        num_tiles=num_tiles,
-        section=tuning.section_heads(8 * call.seqlen_q * call.width * group, call.batch * call.num_heads_k),
-        Sq=call.seqlen_q,
-        Sk=call.seqlen_k,
-        padded=call.padded,
-        num_heads_k=call.num_heads_k,
-        group=group,
-        batch_heads_k=call.batch * call.num_heads_k,
-        scale_log2=params.softmax_scale * LOG2E,
-        scale=params.softmax_scale,
-        BM=block_m,
-        BN=block_n,
-        D=call.width,
-        STAGES=tile.q_stages,
-        DO_STAGES=tile.do_stages,
-        LOOKAHEAD=tile.lookahead,
-        VARLEN=call.varlen,
-        LEFT=params.window_left >= 0,
-        RIGHT=params.window_right >= 0,
-        num_warps=8,
-        enable_fp_fusion=True,
+    cu = extras.cu_seqlens_k
+    tiles = None if cu is None else _plan_tile_list(cu, call, bound, block_n, descending=False)
+    return BackwardPlan(
+        call=call,
+        copies=copies,
+        bound=bound,
+        preprocess=_plan_preprocess(call, dout, out, lse, dlse, scratch, extras),
+        tiles=tiles,
+        main=_plan_main(call, bound, dout, q, k, v, dk, dv, scratch, params, extras),
+        postprocess=None if dq is None else _plan_postprocess(call, scratch, dq, params.softmax_scale, extras),
     )
 
 
-def _postprocess(call: Call, scratch: Scratch, dq: Tensor, scale: float, extras: AttnExtras) -> None:
+def _scratch(call: Call, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Device memory of one backward call, fp32, linear in the number of queries: LSE in log2 units and delta, each
+    [rows, padded], and the dQ sums [rows * padded * width / 256, 256], tiles in register order."""
+    rows, padded = call.scratch_rows, call.padded
+    lse_log2, delta = torch.empty((2, rows, padded), dtype=torch.float32, device=device).unbind()
+    return lse_log2, delta, torch.empty((rows * padded * call.width // 256, 256), dtype=torch.float32, device=device)
+
+
+def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], width: int) -> tuple[TensorDescriptor, ...]:
+    """Descriptors of the three, unswizzled: the tiles are read row by row."""
+    plain = gl.NVMMASharedLayout(0, 32, 2)
+    blocks = ([1, tuning.BLOCK_M_BACKWARD], [1, tuning.BLOCK_M_BACKWARD], [width // 4, 256])
+    return tuple(
+        TensorDescriptor(t, list(t.shape), list(t.stride()), block, plain)
+        for t, block in zip(scratch, blocks, strict=True)
+    )
+
+
+def _strides(name: str, tensor: Tensor, varlen: bool) -> dict[str, int]:
+    """Arguments stride_{name}b, s and h; the batch stride is 0 for varlen."""
+    batch = 0 if varlen else tensor.stride(0)
+    return {f"stride_{name}b": batch, f"stride_{name}s": tensor.stride(-3), f"stride_{name}h": tensor.stride(-2)}
+
+
+def _plan_preprocess(
+    call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scratch: tuple[Tensor, Tensor, Tensor],
+    extras: AttnExtras,
+) -> Launch:  # fmt: skip
+    block = 64
+    num_blocks = triton.cdiv(call.seqlen_q, PAD) * (PAD // block)  # padding rows too
+    arguments = {
+        "out": out,
+        "dout": dout,
+        "lse": lse,
+        "dlse": dlse,
+        **dict(zip(("lse_log2", "delta", "sums"), scratch, strict=True)),
+        "cu_q": extras.cu_seqlens_q,
+        **_strides("o", out, call.varlen),
+        **_strides("d", dout, call.varlen),
+        "stride_lb": 0 if call.varlen else lse.stride(0),
+        "stride_lh": lse.stride(-2),
+        "stride_gb": 0 if call.varlen or dlse is None else dlse.stride(0),
+        "stride_gh": 0 if dlse is None else dlse.stride(-2),
+        "seqlen_q": call.seqlen_q,
+        "padded": call.padded,
+        "num_heads": call.num_heads,
+        "num_blocks": num_blocks,
+        "HEAD_DIM": call.head_dim,
+        "D": call.width,
+        "BLOCK": block,
+        "VARLEN": call.varlen,
+        "HAS_DLSE": dlse is not None,
+    }
+    return Launch(backward_preprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=8)
+
+
+def _plan_main(
+    call: Call, bound: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor,
+    scratch: tuple[Tensor, Tensor, Tensor], params: AttnParams, extras: AttnExtras,
+) -> Launch:  # fmt: skip
+    tile = tuning.BACKWARD[call.width]
+    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
+    num_tiles = bound * call.num_heads_k
+    group = call.num_heads // call.num_heads_k
+    names = ("lse_desc", "delta_desc", "dq_desc")
+    arguments = {
+        "q_desc": describe_tensor(q, block_m, call.width, call.varlen),
+        "k_desc": describe_tensor(k, block_n, call.width, call.varlen),
+        "v_desc": describe_tensor(v, block_n, call.width, call.varlen),
+        "do_desc": describe_tensor(dout, block_m, call.width, call.varlen),
+        **dict(zip(names, _describe_scratch(scratch, call.width), strict=True)),
+        "dk_desc": describe_tensor(dk, block_n, call.width, call.varlen),
+        "dv_desc": describe_tensor(dv, block_n, call.width, call.varlen),
+        "sched": torch.empty(0, dtype=torch.int32, device=q.device) if call.varlen else None,
+        "cu_q": extras.cu_seqlens_q,
+        "cu_k": extras.cu_seqlens_k,
+        "wl": params.window_left,
+        "wr": params.window_right,
+        "num_n": triton.cdiv(call.seqlen_k, block_n),
+        "num_tiles": num_tiles,
+        "section": tuning.section_heads(8 * call.seqlen_q * call.width * group, call.batch * call.num_heads_k),
+        "Sq": call.seqlen_q,
+        "Sk": call.seqlen_k,
+        "padded": call.padded,
+        "num_heads_k": call.num_heads_k,
+        "group": group,
+        "batch_heads_k": call.batch * call.num_heads_k,
+        "scale_log2": params.softmax_scale * LOG2E,
+        "scale": params.softmax_scale,
+        "BM": block_m,
+        "BN": block_n,
+        "D": call.width,
+        "STAGES": tile.q_stages,
+        "DO_STAGES": tile.do_stages,
+        "LOOKAHEAD": tile.lookahead,
+        "VARLEN": call.varlen,
+        "LEFT": params.window_left >= 0,
+        "RIGHT": params.window_right >= 0,
+    }
+    return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True)
+
+
+def _plan_postprocess(
+    call: Call, scratch: tuple[Tensor, Tensor, Tensor], dq: Tensor, scale: float, extras: AttnExtras
+) -> Launch:
     num_blocks = triton.cdiv(call.seqlen_q, 64)
-    programs = num_blocks * call.batch * call.num_heads
-    if programs == 0:
-        return
-    backward_postprocess[(programs,)](
-        scratch.sums, dq, extras.cu_seqlens_q, *_strides(dq, call.varlen),
-        call.seqlen_q, call.padded, call.num_heads, num_blocks, scale,
-        HEAD_DIM=call.head_dim, D=call.width, VARLEN=call.varlen, num_warps=4,
-    )  # fmt: skip
+    arguments = {
+        "sums": scratch[2],
+        "dq": dq,
+        "cu_q": extras.cu_seqlens_q,
+        **_strides("q", dq, call.varlen),
+        "seqlen_q": call.seqlen_q,
+        "padded": call.padded,
+        "num_heads": call.num_heads,
+        "num_blocks": num_blocks,
+        "scale": scale,
+        "HEAD_DIM": call.head_dim,
+        "D": call.width,
+        "VARLEN": call.varlen,
+    }
+    return Launch(backward_postprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=4)

@@ -1,7 +1,7 @@
 """The portable attention path: FlashAttention-2 in plain Triton, for every GPU that Triton knows (sm_80 and
 later) and for the interpreter. ``kernels.attention.dispatch`` says what the functions here must do."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from kernels.attention.portable.launch import (
     plan_dq,
     plan_forward,
     plan_probs,
-    run,
+    prepare,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """(out, lse); see :mod:`kernels.attention.dispatch`."""
     call = Call(q, k, params, extras, device_capability(q))
     if extras.varlen:  # tokens past cu_seqlens[-1] belong to no program
@@ -45,8 +47,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExt
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device)
-    run(plan_forward(call, v, out, lse), q.device)
+    if "forward" not in memo:
+        memo["forward"] = prepare(plan_forward(call, v, out, lse))
+    memo["forward"](q, k, v, out, lse, *_optional(extras))
     return out, lse
+
+
+def _optional(extras: AttnExtras) -> tuple[Tensor | None, ...]:
+    """The optional tensors in the order in which the kernels' arguments list them."""
+    return extras.cu_seqlens_q, extras.cu_seqlens_k, extras.alibi_slopes, extras.rng_state
 
 
 def backward(
@@ -62,15 +71,22 @@ def backward(
     dv: Tensor | None,
     params: AttnParams,
     extras: AttnExtras,
+    memo: dict[str, Any],
 ) -> None:
     """Fill the gradients that are given; see :mod:`kernels.attention.dispatch`. Always deterministic."""
-    call = Call(q, k, params, extras, device_capability(q))
     delta = torch.empty_like(lse)
-    run(plan_delta(call, dout, out, dlse, delta), q.device)
+    if not memo:
+        call = Call(q, k, params, extras, device_capability(q))
+        memo["delta"] = prepare(plan_delta(call, dout, out, dlse, delta))
+        if dq is not None:
+            memo["dq"] = prepare(plan_dq(call, v, dout, lse, delta, dq))
+        if dk is not None and dv is not None:
+            memo["dkdv"] = prepare(plan_dkdv(call, v, dout, lse, delta, dk, dv))
+    memo["delta"](dout, out, dlse, delta, extras.cu_seqlens_q)
     if dq is not None:
-        run(plan_dq(call, v, dout, lse, delta, dq), q.device)
+        memo["dq"](q, k, v, dout, lse, delta, dq, *_optional(extras))
     if dk is not None and dv is not None:
-        run(plan_dkdv(call, v, dout, lse, delta, dk, dv), q.device)
+        memo["dkdv"](q, k, v, dout, lse, delta, dk, dv, *_optional(extras))
 
 
 def probabilities(q: Tensor, k: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras) -> Tensor:
@@ -78,7 +94,7 @@ def probabilities(q: Tensor, k: Tensor, lse: Tensor, params: AttnParams, extras:
     call = Call(q, k, params, extras, device_capability(q))
     shape = (call.batch, call.num_heads, params.max_seqlen_q, params.max_seqlen_k)
     probs = torch.zeros(shape, dtype=q.dtype, device=q.device)
-    run(plan_probs(call, lse, probs), q.device)
+    prepare(plan_probs(call, lse, probs))(q, k, lse, probs, *_optional(extras))
     return probs
 
 

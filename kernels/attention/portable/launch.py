@@ -1,10 +1,9 @@
 """Launchers of the portable kernels: from tensors and scalars to grids and kernel arguments.
 
-Each ``plan_*`` function is pure: it turns a call into a :class:`Launch`, which :func:`run` starts. Planning works on
-meta tensors too, so that what is compiled without a GPU (``portable.shipped``) is what ships.
+Each ``plan_*`` function is pure: it turns a call into a :class:`Plan`, of which :func:`prepare` makes a launch.
+Planning works on meta tensors too, so that what is compiled without a GPU (``portable.shipped``) is what ships.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,7 @@ from kernels.attention.portable.common import INTERPRET
 from kernels.attention.portable.forward import attention_forward
 from kernels.attention.portable.probs import attention_probs
 from kernels.attention.portable.tuning import Kernel, Tile, choose_tile, padded_head_dim, section_heads
-
-MAX_GRID = 2**31 - 1
-"""Programs of one launch (grid.x); the other grid axes stop at 65,535 and are not used."""
+from kernels.attention.relaunch import Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +135,8 @@ def device_capability(tensor: Tensor) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """One kernel launch, ready to run or to compile."""
+class Plan:
+    """One kernel launch, ready to prepare or to compile."""
 
     kernel: Any
     num_programs: int
@@ -147,23 +144,10 @@ class Launch:
     tile: Tile
 
 
-def run(launch: Launch, device: torch.device) -> None:
-    """Start the kernel on ``device``, if there is anything to do.
-
-    Raises:
-        ValueError: more programs than one launch holds.
-    """
-    if launch.num_programs == 0:
-        return
-    if launch.num_programs > MAX_GRID:
-        raise ValueError(
-            f"attention needs {launch.num_programs:,} programs, one launch holds {MAX_GRID:,}: split the batch"
-        )
-    # Triton launches on the current device: make it the tensors'
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        launch.kernel[(launch.num_programs,)](
-            **launch.arguments, num_warps=launch.tile.num_warps, num_stages=launch.tile.num_stages
-        )
+def prepare(plan: Plan) -> Launch:
+    """The launch, free of the tensors it was planned with. Calls give theirs in the order of ``plan.arguments``."""
+    tile = plan.tile
+    return Launch(plan.kernel, plan.num_programs, plan.arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def _section(call: Call, streamed_rows: int, total_heads: int, sharing: int) -> int:
@@ -172,7 +156,7 @@ def _section(call: Call, streamed_rows: int, total_heads: int, sharing: int) -> 
     return section_heads(2 * streamed_rows * row_bytes // sharing, total_heads)
 
 
-def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Launch:
+def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Plan:
     """Fills ``out`` (as q) and ``lse`` (fp32)."""
     tile = call.tile("forward")
     num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
@@ -193,10 +177,10 @@ def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Launch:
         **_strided(call, q=call.q, k=call.k, v=v, o=out),
         **_common(call, tile, lse),
     }
-    return Launch(attention_forward, num_blocks * total_heads, arguments, tile)
+    return Plan(attention_forward, num_blocks * total_heads, arguments, tile)
 
 
-def plan_delta(call: Call, dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
+def plan_delta(call: Call, dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> Plan:
     """Fills ``delta`` (as lse) = rowsum(dO * O) - dLSE."""
     tile = call.tile("delta")
     num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
@@ -219,10 +203,10 @@ def plan_delta(call: Call, dout: Tensor, out: Tensor, dlse: Tensor | None, delta
         "BLOCK_M": tile.block_m,
         **_strided(call, do=dout, o=out),
     }
-    return Launch(attention_delta, num_blocks * call.batch * call.num_heads, arguments, tile)
+    return Plan(attention_delta, num_blocks * call.batch * call.num_heads, arguments, tile)
 
 
-def plan_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Launch:
+def plan_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Plan:
     """Fills ``dq`` (as q)."""
     tile = call.tile("dq")
     num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
@@ -244,10 +228,10 @@ def plan_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq:
         **_strided(call, q=call.q, k=call.k, v=v, do=dout, dq=dq),
         **_common(call, tile, lse),
     }
-    return Launch(attention_dq, num_blocks * total_heads, arguments, tile)
+    return Plan(attention_dq, num_blocks * total_heads, arguments, tile)
 
 
-def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> Launch:
+def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> Plan:
     """Fills ``dk`` and ``dv`` (as k)."""
     tile = call.tile("dkdv")
     num_blocks = triton.cdiv(call.params.max_seqlen_k, tile.block_n)
@@ -271,10 +255,10 @@ def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, d
         **_strided(call, q=call.q, k=call.k, v=v, do=dout, dk=dk, dv=dv),
         **_common(call, tile, lse),
     }
-    return Launch(attention_dkdv, num_blocks * total_heads_k, arguments, tile)
+    return Plan(attention_dkdv, num_blocks * total_heads_k, arguments, tile)
 
 
-def plan_probs(call: Call, lse: Tensor, probs: Tensor) -> Launch:
+def plan_probs(call: Call, lse: Tensor, probs: Tensor) -> Plan:
     """Fills ``probs`` (B, H, max_seqlen_q, max_seqlen_k), which must be zeroed, with signed probabilities."""
     tile = call.tile("probs")
     blocks_m = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
@@ -294,4 +278,4 @@ def plan_probs(call: Call, lse: Tensor, probs: Tensor) -> Launch:
         **_strided(call, q=call.q, k=call.k),
         **_common(call, tile, lse),
     }
-    return Launch(attention_probs, blocks_m * blocks_n * call.batch * call.num_heads, arguments, tile)
+    return Plan(attention_probs, blocks_m * blocks_n * call.batch * call.num_heads, arguments, tile)

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from kernels.attention.dispatch import AttnExtras, AttnParams
 from kernels.attention.portable.launch import (
     Call,
-    Launch,
+    Plan,
     plan_delta,
     plan_dkdv,
     plan_dq,
@@ -37,7 +37,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_source(launch: Launch) -> ASTSource:
+def make_source(launch: Plan) -> ASTSource:
     """What Triton's JIT would compile for this launch."""
     kernel = launch.kernel
     signature: dict[str, str] = {}
@@ -67,7 +67,7 @@ def _kind(value: Any) -> str:
 
 def plan_all(
     head_dim: int, dtype: torch.dtype, feature: str, capability: tuple[int, int], group: int = 1
-) -> dict[str, Launch]:
+) -> dict[str, Plan]:
     """The launches of a call of (4, 4096, 16, head_dim), by kernel name."""
     batch, seqlen, heads = 4, 4096, 16
     params = AttnParams(head_dim**-0.5, seqlen, seqlen, **FEATURES[feature])
