@@ -53,10 +53,11 @@ def sequence(b, cu_seqlens, S, VARLEN: gl.constexpr):
 
 @gluon.jit
 def decode_tile(t, sched, num_blocks, num_heads, batch_heads, section, VARLEN: gl.constexpr, REVERSE: gl.constexpr):
-    """Tile nublocker -> (query block, sequence, head).
+    """Tile number -> (query block, sequence, head).
 
     Dense: heads vary fastest inside sections whose tensors fit in L2 together; blocks descend where later
-    ones have more work (REVERSE), so that the tail of the grid is short tiles. Varlen: ``sched`` lists the
+    ones have more work (REVERSE), so that the tail of the grid is short tiles. The last section takes the heads
+    that are left over as well: alone they would be few tiles, the longest of which would start too late. Varlen: ``sched`` lists the
     blocks in such an order (elementwise.py), heads fastest.
     """
     if VARLEN:
@@ -64,9 +65,12 @@ def decode_tile(t, sched, num_blocks, num_heads, batch_heads, section, VARLEN: g
         return gl.load(sched + 2 * entry + 3), gl.load(sched + 2 * entry + 2), t % num_heads
     else:
         per_section = section * num_blocks
-        s = t // per_section
-        r = t % per_section
-        width = gl.minimum(section, batch_heads - s * section)
+        last = gl.maximum(batch_heads // section, 1) - 1
+        s = gl.minimum(t // per_section, last)
+        r = t - s * per_section
+        width = section
+        if s == last:
+            width = batch_heads - s * section
         block = r // width
         if REVERSE:
             block = num_blocks - 1 - block
