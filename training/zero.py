@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from training.optimizer import ReplicatedAdamW, adam_state
+from training.optimizer import ReplicatedAdamW, adam_state, split
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Partition(ABC):
     @abstractmethod
     def gradients(self) -> list[Tensor]:
         """Reduced gradients; over all ranks each element once, padding (zeros) aside. Only after the last backward."""
+
+    def sums(self) -> dict[nn.Parameter, Tensor]:
+        """Where each parameter's gradients are added up over micro-batches on this rank, in the parameter's shape; live
+        views. Empty if the wrapper has no such place."""
+        return {}
 
     @abstractmethod
     def drop(self) -> None:
@@ -122,6 +127,13 @@ class Replicated(Partition):
     def gradients(self) -> list[Tensor]:
         return [g[slice(*self.share(g.numel()))] for g in self.wrapper.gradients]
 
+    def sums(self) -> dict[nn.Parameter, Tensor]:
+        return {
+            parameter: view
+            for members, gradient in zip(self.wrapper.members, self.wrapper.gradients, strict=True)
+            for parameter, view in zip(members, split(gradient, members), strict=True)
+        }
+
     def drop(self) -> None:
         self.wrapper.zero_grad()
 
@@ -168,6 +180,10 @@ class Bf16Stage1(Linked):
     def gradients(self) -> list[Tensor]:
         flats: list[Tensor] = self.wrapper.fp32_groups_gradient_flat_partition
         return flats
+
+    def sums(self) -> dict[nn.Parameter, Tensor]:
+        groups = zip(self.wrapper.bf16_groups, self.wrapper.fp32_groups_gradients, strict=True)
+        return {p: view.view(p.shape) for members, views in groups for p, view in zip(members, views, strict=True)}
 
     def drop(self) -> None:
         self.wrapper.zero_grad()
