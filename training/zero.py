@@ -171,7 +171,17 @@ class Linked(Partition):
 
 
 class Bf16Stage1(Linked):
-    """Stage 1, bf16 summed in fp32: `BF16_Optimizer`, which has all reduced gradients on every rank."""
+    """Stage 1, bf16 summed in fp32: `BF16_Optimizer`, which has all reduced gradients on every rank.
+
+    Its step takes the norm of the sums tensor by tensor, waits for it on the host and empties the sums; DeepSpeed's
+    engine then empties them again. The norm is known by then, to our engine, and once is enough: 8 bytes a weight.
+    """
+
+    def __init__(self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str]) -> None:
+        super().__init__(wrapper, adamw, names)
+        nothing = [torch.zeros(1, device=self.masters()[0].device)]
+        wrapper.get_grads_for_norm = lambda for_clipping=False: (nothing, {})
+        wrapper.zero_grad = wrapper.clear_lp_grads
 
     def masters(self) -> list[Tensor]:
         flats: list[Tensor] = self.wrapper.fp32_groups_flat_partition
@@ -186,7 +196,8 @@ class Bf16Stage1(Linked):
         return {p: view.view(p.shape) for members, views in groups for p, view in zip(members, views, strict=True)}
 
     def drop(self) -> None:
-        self.wrapper.zero_grad()
+        self.wrapper.clear_lp_grads(set_to_none=True)
+        self.wrapper.clear_hp_grads()
 
     def scale(self, factor: float) -> None:
         if factor != 1.0:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.errors import UserError
 from configs.schema import Device, Precision, Recompute, RunConfig, Toggle
@@ -131,6 +132,33 @@ def test_a_step_uses_and_empties_the_sums(build: Build, stage: int) -> None:
     assert result.updated
     assert not any(total.any() for total in sums_of(one).values())
     assert all(parameter.grad is None for parameter in one.module.parameters())
+
+
+class Passes(TorchDispatchMode):
+    """Counts the elements that are emptied and whose norm is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emptied, self.measured = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.zero_, torch.ops.aten.fill_):
+            self.emptied += args[0].numel()
+        if packet in (torch.ops.aten.linalg_vector_norm, torch.ops.aten.norm):
+            self.measured += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_update_empties_the_sums_once_and_measures_nothing(build: Build, stage: int) -> None:
+    one = build(bf16_config(stage))
+    train(one, 0, 1)
+    count = sum(total.numel() for total in accumulated(one, 1).values())
+    with Passes() as passes:
+        one.update(one.config.optim.lr, 1.0)
+    assert count <= passes.emptied <= 1.01 * count
+    assert passes.measured <= 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
