@@ -337,6 +337,9 @@ class EngineConfig:
     """Activation checkpointing."""
     compile: Toggle = Toggle.auto
     """`torch.compile` of each block. auto: on CUDA at stages 0 to 2."""
+    fuse_weight_gradients: Toggle = Toggle.auto
+    """Add weight gradients to the fp32 sums over micro-batches inside the products that make them, unrounded. auto: in
+    bf16 at stages 0 and 1, with fp32_accumulation and without offload. off: round them to bf16 and add them apart."""
     timeout_minutes: float = 10.0
     """A collective that takes longer than this fails."""
 

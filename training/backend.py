@@ -106,6 +106,27 @@ def check_engine(config: EngineConfig, precision: Precision, device: torch.devic
             raise UserError("engine.precision=fp16: this CPU has no fp16 units; possible: fp32, bf16, or zero_stage=0")
 
 
+def should_fuse_weight_gradients(config: EngineConfig, precision: Precision) -> bool:
+    """Whether layers add weight gradients to the optimizer's sums themselves. Raises `UserError` for `on` where not.
+
+    Stages 2 and 3 reduce each gradient while the backward pass goes on, and fp16 is to notice what overflows in fp16.
+    """
+    possible = (
+        precision is Precision.bf16
+        and config.zero_stage < 2
+        and config.fp32_accumulation
+        and not config.offload_optimizer
+    )
+    if config.fuse_weight_gradients is Toggle.on and not possible:
+        raise UserError(
+            "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0 or 1, "
+            "engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
+            f"{precision.value}, {config.zero_stage}, {str(config.fp32_accumulation).lower()} and "
+            f"{str(config.offload_optimizer).lower()}; or use engine.fuse_weight_gradients=auto or off"
+        )
+    return possible and config.fuse_weight_gradients is not Toggle.off
+
+
 def should_compile(config: EngineConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: `auto` means on CUDA at stages 0 to 2."""
     if config.compile is Toggle.auto:

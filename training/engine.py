@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from configs.schema import OptimConfig, Precision, Recompute, RunConfig
+from model.weight_gradient import bind_sums, release_sums
 from training.backend import (
     DTYPES,
     check_engine,
@@ -32,6 +33,7 @@ from training.backend import (
     resolve_precision,
     set_local_rank,
     should_compile,
+    should_fuse_weight_gradients,
 )
 from training.batch import BatchPlan
 from training.distributed import Processes
@@ -187,6 +189,7 @@ class Engine:
 
     def close(self) -> None:
         """Undo what DeepSpeed needs: hooks on the model, LOCAL_RANK, and ZeRO-3's replacement of PyTorch's `linear`."""
+        release_sums(self.module)
         self.deepspeed.destroy()
         torch.nn.functional.linear = PLAIN_LINEAR
         self.restore_environment()
@@ -212,6 +215,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     device = processes.device
     precision = resolve_precision(config.engine.precision, device)
     check_engine(config.engine, precision, device)
+    fuse = should_fuse_weight_gradients(config.engine, precision)
     model.set_recompute(config.engine.recompute is Recompute.block)
     names = {parameter: name for name, parameter in model.named_parameters()}
     shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}  # before ZeRO-3 takes them away
@@ -238,6 +242,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
+    if fuse:
+        bind_sums(model, partition.sums())
     if should_compile(config.engine, device):
         model.compile_blocks()
     return Engine(wrapped, partition, shapes, config, precision, processes, restore)

@@ -132,7 +132,7 @@ class MixedReference:
 
 @pytest.mark.parametrize(("stage", "offload"), ALL_LAYOUTS)
 def test_bf16_has_fp32_masters_and_sums(build: Build, stage: int, offload: dict[str, bool]) -> None:
-    config = run_config(stage, accumulation=4, micro=2, **offload)
+    config = run_config(stage, accumulation=4, micro=2, fuse_weight_gradients=Toggle.off, **offload)
     config.engine.precision = Precision.bf16
     one, reference = build(config), MixedReference(config)
     loss = reference.step(0)
