@@ -224,7 +224,8 @@ def attention_dkdv(
             scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
             p = tl.exp2(scores - lse[None, :])
             if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102 (a constexpr)
-                if (query_block < full_first) | (query_block >= full_last):
+                # At width 256 the warps share out a tile's columns too, and a branch there serialises wgmma
+                if BLOCK_D > 128 or (query_block < full_first) | (query_block >= full_last):
                     # keys past the end need no mask: their rows of dk and dv are never stored
                     mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, False)
                     p = tl.where(mask, p, 0.0)
