@@ -7,6 +7,7 @@ other.
     bench_attention.py                  the anchor grid: 16k tokens, H*D = 2048
     bench_attention.py --implementations portable sdpa_cudnn --seqlens 1024 8192 --head-dims 128
     bench_attention.py --implementations hopper 'hopper[block_m=192,stages=2,consumer_regs=160]' --head-dims 64
+    bench_attention.py --implementations portable 'portable[forward_block_n=64,dkdv_stages=2]' --head-dims 128
     bench_attention.py --ablation       what each of the paper's ideas brings
     bench_attention.py --memory         memory against S, beside standard attention
     bench_attention.py --host           host time per call
@@ -139,6 +140,36 @@ def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
         op.forget()
 
 
+@contextlib.contextmanager
+def portable_tiles(changes: dict[str, Any]) -> Iterator[None]:
+    """The portable path's tile tables with these fields, ``<forward | dq | dkdv>_<field of Tile>``, changed for every
+    width and architecture."""
+    from kernels.attention.portable import tuning
+
+    tables = (tuning.HOPPER, tuning.AMPERE, tuning.DROPOUT)
+    fields = [f.name for f in dataclasses.fields(tuning.Tile)]
+    known = {f"{kernel}_{field}": (kernel, field) for kernel in tuning.HOPPER for field in fields}
+    if unknown := set(changes) - set(known):
+        raise ValueError(f"portable has no tile parameter {sorted(unknown)}; it has {sorted(known)}")
+    before = [dict(table) for table in tables]
+    for table in tables:
+        for name, value in changes.items():
+            kernel, field = known[name]
+            table[kernel] = tuple(dataclasses.replace(tile, **{field: value}) for tile in table[kernel])
+    try:
+        yield
+    finally:
+        for table, old in zip(tables, before, strict=True):
+            table.update(old)
+
+
+TILES: dict[str, Callable[[dict[str, Any]], contextlib.AbstractContextManager[None]]] = {
+    "portable": portable_tiles,
+    "hopper": hopper_tiles,
+}
+"""Paths whose tiles a specification may change."""
+
+
 def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     import kernels
 
@@ -196,22 +227,21 @@ IMPLEMENTATIONS: dict[str, Attention] = {
 
 
 def parse_implementation(spec: str) -> tuple[Attention, Callable[[], contextlib.AbstractContextManager[None]]]:
-    """(function, context to run it in) of ``name`` or ``hopper[field=value,...]``."""
+    """(function, context to run it in) of ``name``, ``portable[field=value,...]`` or ``hopper[field=value,...]``."""
     match = re.fullmatch(r"(\w+)(?:\[(.*)\])?", spec)
-    if match is None or match[1] not in IMPLEMENTATIONS or (match[2] is not None and match[1] != "hopper"):
-        raise ValueError(
-            f"no implementation {spec!r}; there are {', '.join(IMPLEMENTATIONS)} and hopper[field=value,...]"
-        )
+    if match is None or match[1] not in IMPLEMENTATIONS or (match[2] is not None and match[1] not in TILES):
+        names = (*IMPLEMENTATIONS, *(f"{path}[field=value,...]" for path in TILES))
+        raise ValueError(f"no implementation {spec!r}; there are {', '.join(names)}")
     name, fields = match[1], match[2]
     changes = {k: json.loads(v) for k, v in (pair.split("=") for pair in (fields or "").split(",") if pair)}
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            if name in ("portable", "hopper"):
+            if name in TILES:
                 stack.enter_context(forced_path(name))
             if changes:
-                stack.enter_context(hopper_tiles(changes))
+                stack.enter_context(TILES[name](changes))
             yield
 
     return IMPLEMENTATIONS[name], context
@@ -556,7 +586,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--implementations", nargs="+", help=f"of {', '.join(IMPLEMENTATIONS)}, hopper[field=value,...]"
+        "--implementations",
+        nargs="+",
+        help=f"of {', '.join(IMPLEMENTATIONS)}, portable[field=value,...] or hopper[field=value,...]",
     )
     parser.add_argument("--seqlens", nargs="+", type=int, default=list(SEQLENS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128, 64])

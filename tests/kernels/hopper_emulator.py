@@ -2,7 +2,8 @@
 
 Triton's interpreter does not know Gluon. Here a kernel's functions run as ordinary Python over torch tensors:
 every partition of a CTA is a thread, shared memory is a tensor, mbarriers have phases, arrivals and
-outstanding bytes, named barriers count threads, and the copy engine computes addresses modulo 2^64 and cuts
+outstanding bytes, named barriers count threads, CTAs start in order and as many run at a time as
+`resident` says, and the copy engine computes addresses modulo 2^64 and cuts
 at each dimension's bound. So what the tests see is the real tile ranges, masks, barrier protocol and
 descriptors; a protocol that hangs on hardware hangs here, and is reported. Not modelled: layouts, the
 asynchrony of products, and races between partitions that a barrier should have ordered but that Python
@@ -11,9 +12,12 @@ threads do not hit.
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -25,6 +29,11 @@ from kernels.attention.hopper import gluon_backward, gluon_forward, tiles
 
 HANG_S = 60.0
 WARP_THREADS = 32
+resident = 1
+"""CTAs in flight at a time: they start in the order of their ids, the next when one ends. With several, the copy
+engine's reductions are delayed at random."""
+start_order: Callable[[int], Iterable[int]] = range
+"""Number of CTAs -> their ids in the order in which they start."""
 
 
 class Int(int):
@@ -190,6 +199,16 @@ class Cta:
         if self.failure is not None:
             raise RuntimeError("another partition failed")
 
+    def poll(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait for something that another CTA changes."""
+        deadline = time.monotonic() + HANG_S
+        while not ready():
+            if self.failure is not None:
+                raise RuntimeError("another partition failed")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"hang: {self.local.name} of CTA {self.program} waits for {what}")
+            time.sleep(1e-4)
+
     def named_barrier(self, number: int, threads: int, wait: bool) -> None:
         with self.changed:
             state = self.named[number]
@@ -271,6 +290,11 @@ def _pack(args: list[Tensor], dtype: torch.dtype) -> Tensor:
     return value((high << 16) | (low & 0xFFFF))
 
 
+_memory = threading.Lock()
+reductions: list[tuple[int, int]] = []
+"""(first coordinate, CTA) of every reduction of the last launch, in the order in which memory saw them."""
+
+
 def _namespace(cta: Cta) -> dict[str, Any]:
     """What the kernels' modules import, over the model."""
 
@@ -293,7 +317,15 @@ def _namespace(cta: Cta) -> dict[str, Any]:
 
     def tma_reduce_add(desc: Descriptor, coords: list[int], tile: Shared) -> None:
         offset, inside = desc.place(coords)
-        desc.elements()[offset[inside]] += tile.data[inside]
+        if resident > 1:
+            time.sleep(random.random() * 5e-3)
+        with _memory:
+            desc.elements()[offset[inside]] += tile.data[inside]
+            reductions.append((int(coords[0]), int(cta.program)))
+
+    def pass_turn(turn: Pointer) -> None:
+        with _memory:
+            _store(turn, int(_load(turn)) + 1)
 
     def asm(text: str, _: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
         assert text.startswith("cvt.rn."), text
@@ -330,6 +362,8 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         "tma_load": tma_load, "tma_store": tma_store, "tma_reduce_add": tma_reduce_add,
         "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "fence_async_shared": lambda: None,
         "partition_barrier": lambda: None,
+        "pass_turn": pass_turn,
+        "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) == int(rank), f"turn {int(rank)}"),
         "named_barrier_sync": lambda i, n: cta.named_barrier(i, n, True),
         "named_barrier_arrive": lambda i, n: cta.named_barrier(i, n, False),
     }  # fmt: skip
@@ -363,7 +397,7 @@ def _argument(x: Any) -> Any:
 
 
 class EmulatedKernel:
-    """Stands for a compiled kernel: ``kernel[grid](**arguments)``; CTAs run one after the other."""
+    """Stands for a compiled kernel: ``kernel[grid](**arguments)``."""
 
     def __init__(self, module: Any, name: str) -> None:
         self.module, self.name = module, name
@@ -371,10 +405,15 @@ class EmulatedKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*, num_warps: int, enable_fp_fusion: bool, **kwargs: Any) -> None:
             args = {key: _argument(x) for key, x in kwargs.items()}
-            for program in range(grid[0]):
+            reductions.clear()
+
+            def run(program: int) -> None:
                 names = _namespace(Cta(program, grid[0], num_warps))
                 names |= {k: v for k, v in _rebind(tiles, names).items() if callable(v) or k.isupper()}
                 _rebind(self.module, names)[self.name](**args)
+
+            with ThreadPoolExecutor(resident) as multiprocessors:
+                list(multiprocessors.map(run, start_order(grid[0])))
 
         return launch
 

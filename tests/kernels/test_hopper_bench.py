@@ -12,6 +12,7 @@ import torch
 
 from kernels.attention.dispatch import PATH_ENV
 from kernels.attention.hopper import tuning
+from kernels.attention.portable import tuning as portable_tuning
 from scripts import bench_attention as bench
 
 NEEDS_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted on a CPU only")
@@ -113,13 +114,27 @@ def test_path_and_tiles_are_forced_and_restored(monkeypatch: pytest.MonkeyPatch)
     assert before == (tuning.FORWARD, tuning.BACKWARD)
 
 
+def test_portable_tiles_are_changed_for_one_kernel_and_restored() -> None:
+    before = [dict(t) for t in (portable_tuning.HOPPER, portable_tuning.AMPERE, portable_tuning.DROPOUT)]
+    _, context = bench.parse_implementation("portable[forward_block_n=64,forward_max_registers=null,dkdv_num_stages=4]")
+    with context():
+        assert os.environ[PATH_ENV] == "portable"
+        forward, dq, dkdv = (
+            portable_tuning.choose_tile(kernel, 128, 2, (9, 0), dropout=False) for kernel in ("forward", "dq", "dkdv")
+        )
+        assert (forward.block_n, forward.max_registers, dkdv.num_stages) == (64, None, 4)
+        assert dq == before[0]["dq"][2]
+    assert before == [portable_tuning.HOPPER, portable_tuning.AMPERE, portable_tuning.DROPOUT]
+
+
 @pytest.mark.parametrize("spec", ["typo", "sdpa[block_m=1]", "hopper[block_m"])
 def test_unknown_implementation(spec: str) -> None:
     with pytest.raises(ValueError, match="no implementation"):
         bench.parse_implementation(spec)
 
 
-def test_unknown_tile_parameter() -> None:
-    _, context = bench.parse_implementation("hopper[typo=1]")
+@pytest.mark.parametrize("path", ["portable", "hopper"])
+def test_unknown_tile_parameter(path: str) -> None:
+    _, context = bench.parse_implementation(f"{path}[typo=1]")
     with pytest.raises(ValueError, match="no tile parameter"), context():
         pass

@@ -69,7 +69,9 @@ def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, 
     return source(forward_kernel, types, constants | ({} if varlen else {"cu_q": None, "cu_k": None}))
 
 
-def backward_source(width: int, tile: tuning.BackwardTile, dtype: str, mask: str, varlen: bool) -> ASTSource:
+def backward_source(
+    width: int, tile: tuning.BackwardTile, dtype: str, mask: str, varlen: bool, deterministic: bool = False
+) -> ASTSource:
     """The backward kernel in one configuration."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
@@ -79,8 +81,8 @@ def backward_source(width: int, tile: tuning.BackwardTile, dtype: str, mask: str
     statistics = _tile([1, block_m], "fp32", plain)
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
     types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": _tile([width // 4, 256], "fp32", plain)}
-    types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "scale_log2": "fp32", "scale": "fp32"}
-    types |= _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
+    types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
+    types |= {"scale": "fp32"} | _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
     types |= _integers("num_heads_k", "group", "batch_heads_k")
     constants = {
         "BM": block_m,
@@ -92,8 +94,11 @@ def backward_source(width: int, tile: tuning.BackwardTile, dtype: str, mask: str
         "VARLEN": varlen,
         "LEFT": left,
         "RIGHT": right,
+        "DETERMINISTIC": deterministic,
     }
-    absent = {} if varlen else {"sched": None, "cu_q": None, "cu_k": None}
+    absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
+        {} if deterministic else {"turns": None}
+    )
     return source(backward_kernel, types, constants | absent)
 
 
@@ -101,7 +106,7 @@ def elementwise_source(kernel: Any, dtype: str, constants: Mapping[str, Any]) ->
     """One of the small kernels, with varlen's arguments."""
     pointers = {"lse": "*fp32", "dlse": "*fp32", "lse_log2": "*fp32", "delta": "*fp32", "sums": "*fp32"}
     pointers |= {"out": f"*{dtype}", "dout": f"*{dtype}", "dq": f"*{dtype}", "cu_q": "*i32"}
-    pointers |= {"sched": "*i32", "cu_seqlens": "*i32", "scale": "fp32"}
+    pointers |= {"turns": "*i32", "sched": "*i32", "cu_seqlens": "*i32", "scale": "fp32"}
     types = {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
     return source(kernel, types, constants)
 
@@ -121,6 +126,9 @@ def compile_cases() -> list[CompileCase]:
             name = f"hopper.backward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
             make = _bind(backward_source, width, backward_tile, dtype, mask, varlen)
             cases.append(CompileCase(name, make, 8, quick=_quick(width, mask, varlen, dtype)))
+            if dtype == "bf16":  # the fixed order of dQ's sums differs outside the products only
+                make = _bind(backward_source, width, backward_tile, dtype, mask, varlen, True)
+                cases.append(CompileCase(name.replace("backward", "backward_deterministic"), make, 8))
     common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True}
     small: dict[str, tuple[Any, dict[str, Any], int]] = {
         "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),

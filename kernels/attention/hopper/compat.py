@@ -44,3 +44,37 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
     gl.inline_asm_elementwise(
         f"bar.arrive {ID}, {THREADS}; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+# Turns: a count in global memory that orders additions by several CTAs. Both run in a partition of one warp.
+@gluon.jit
+def wait_turn(turn, rank):
+    """Wait until ``turn`` (int32 pointer) holds ``rank``; what its writers did before is then visible, to the copy
+    engine too."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred %again; .reg .s32 %seen; POLL: ld.acquire.gpu.global.s32 %seen, [$1]; "
+        "setp.ne.s32 %again, %seen, $2; @%again bra POLL; fence.proxy.async; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [turn, rank],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def pass_turn(turn):
+    """Add 1 to ``turn`` (int32 pointer) once the copy engine has performed every store and reduction of this warp.
+
+    ``tma.store_wait`` waits only until their sources have been read. Any lane may have issued them: each waits for its
+    own, then one of them speaks for the warp."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred %first; .reg .u32 %lane; cp.async.bulk.wait_group 0; fence.proxy.async; bar.warp.sync -1; "
+        "mov.u32 %lane, %laneid; setp.eq.u32 %first, %lane, 0; @%first red.release.gpu.global.add.s32 [$1], 1; "
+        "mov.u32 $0, 0; }",
+        "=r,l",
+        [turn],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )

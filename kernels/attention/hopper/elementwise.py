@@ -63,6 +63,7 @@ def backward_preprocess(
     out, dout,  # [B, Sq, H, D] or [total, H, D]
     lse, dlse,  # fp32, natural log, [B, H, Sq] or [H, total], and its gradient or None
     lse_log2, delta, sums,  # scratch: see the module docstring
+    turns,  # int32 [rows, padded / 64] or None: zeroed too
     cu_q,  # int32 [B + 1]; varlen only
     stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh, stride_lb, stride_lh, stride_gb, stride_gh,
     seqlen_q, padded, num_heads, num_blocks,
@@ -98,6 +99,9 @@ def backward_preprocess(
         zero = tl.zeros((BLOCK * D,), tl.float32)
         base = (row.to(tl.int64) * padded + column + m0) * D
         tl.store(sums + base + tl.arange(0, BLOCK * D), zero)
+        if turns is not None:
+            tl.static_assert(BLOCK == 64)
+            tl.store(turns + (row.to(tl.int64) * padded + column + m0) // BLOCK, 0)
 
 
 @triton.jit

@@ -14,7 +14,14 @@ Layout: q, dO [B, H, Sq, D], k, v, dk, dv [B, Hk, Sk, D] through descriptors wit
 tiles.py for varlen); statistics fp32 [rows, padded queries] and dQ sums fp32 [rows, padded queries, D], where
 dense rows are B·H and varlen rows are H with every sequence starting on a multiple of PAD. One CTA owns a key
 block of a kv head and walks through the queries of all its group's heads, so dK and dV have one writer and
-are bitwise repeatable. dQ is not: the order of the additions varies.
+are bitwise repeatable. dQ is not: the order of the additions varies, unless DETERMINISTIC.
+
+DETERMINISTIC: the key blocks add to a query block in ascending order. ``turns`` counts, per query block, how many
+have added; the reducer waits for its block's rank and passes the turn on. No deadlock: CTAs start in the order of
+their ids, and for one head that order is ascending key blocks, so a CTA waits only for CTAs that started before it.
+Little waiting: query blocks are visited from the last to the first. The blocks that a key block shares with its
+predecessor come after those it does not share (a window) or when the predecessor, whose list is as long or longer,
+has begun with them (causal, full), and CTAs that start together stay one addition apart.
 """
 
 # Triton's language has no starred lists (RUF005); partitions of one kernel unpack the same tuples (RUF059).
@@ -30,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.compat import partition_barrier, tma_load, tma_reduce_add
+from kernels.attention.hopper.compat import partition_barrier, pass_turn, tma_load, tma_reduce_add, wait_turn
 from kernels.attention.hopper.tiles import (
     decode_tile,
     load_tile,
@@ -51,10 +58,28 @@ def scratch_coordinates(b, h, start_q, num_heads, VARLEN: gl.constexpr):
 
 
 @gluon.jit
+def visit(i, lo, hi, DETERMINISTIC: gl.constexpr):
+    """Query block number ``i``, lo <= i < hi, of a CTA's walk: ascending, or descending if DETERMINISTIC."""
+    if DETERMINISTIC:
+        return hi - 1 - (i - lo)
+    else:
+        return i
+
+
+@gluon.jit
+def first_keys(m0, Sq, Sk, wl, BN: gl.constexpr, LEFT: gl.constexpr):
+    """The first key block whose visible_queries hold the query block at ``m0``."""
+    if LEFT:
+        return gl.maximum(m0 + Sk - Sq - wl, 0) // BN
+    else:
+        return 0
+
+
+@gluon.jit
 def backward_producer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads K and V once, then Q with LSE and dO with delta for each query block of each head of
     the group.
@@ -62,7 +87,7 @@ def backward_producer(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
     q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _ = bufs
     q_full, q_empty, do_full, do_empty, kv_full, _, _ = bars
-    sched, cu_q, cu_k = ptrs
+    sched, cu_q, cu_k, turns = ptrs
     num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
     wl, wr = window
     t = gl.program_id(0)
@@ -81,7 +106,8 @@ def backward_producer(
         for g in range(group):
             h = hk * group + g
             row, column = scratch_coordinates(b, h, start_q, num_heads_k * group, VARLEN)
-            for mb in range(lo, hi):
+            for i in range(lo, hi):
+                mb = visit(i, lo, hi, DETERMINISTIC)
                 stage = step % STAGES
                 mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
@@ -99,6 +125,7 @@ def backward_producer(
 def backward_reducer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
     next.
@@ -107,7 +134,7 @@ def backward_reducer(
     dq_buf = bufs[7]
     dq_full = bars[5]
     dq_empty = bars[6]
-    sched, cu_q, cu_k = ptrs
+    sched, cu_q, cu_k, turns = ptrs
     num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
     wl, wr = window
     t = gl.program_id(0)
@@ -121,11 +148,17 @@ def backward_reducer(
         step = 0
         for g in range(group):
             row, column = scratch_coordinates(b, hk * group + g, start_q, num_heads_k * group, VARLEN)
-            for mb in range(lo, hi):
+            for i in range(lo, hi):
+                mb = visit(i, lo, hi, DETERMINISTIC)
+                tile = (row * padded + column + mb * BM) // BM
                 mbarrier.wait(dq_full.index(0), step & 1)
-                tma_reduce_add(dq_desc, [(row * padded + column + mb * BM) // BM * (D // 4), 0], dq_buf)
+                if DETERMINISTIC:
+                    wait_turn(turns + tile, nb - first_keys(mb * BM, Sq, Sk, wl, BN, LEFT))
+                tma_reduce_add(dq_desc, [tile * (D // 4), 0], dq_buf)
                 tma.store_wait(0)
                 mbarrier.arrive(dq_empty.index(0), count=1)
+                if DETERMINISTIC:
+                    pass_turn(turns + tile)
                 step += 1
 
 
@@ -265,6 +298,7 @@ def backward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
     dk_desc = descs[7]
@@ -272,7 +306,7 @@ def backward_consumer(
     k_buf = bufs[1]
     v_buf = bufs[2]
     kv_full = bars[4]
-    sched, cu_q, cu_k = ptrs
+    sched, cu_q, cu_k, turns = ptrs
     num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
     wl, wr = window
     DTYPE: gl.constexpr = dk_desc.dtype
@@ -297,11 +331,12 @@ def backward_consumer(
         steps = group * blocks
         if LOOKAHEAD:
             if steps > 0:
+                mb = visit(lo, lo, hi, DETERMINISTIC)
                 dk_next, dv = query_block(
-                    0, lo, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True
+                    0, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True
                 )
                 for step in range(1, steps):
-                    mb = lo + step % blocks
+                    mb = visit(lo + step % blocks, lo, hi, DETERMINISTIC)
                     dk_next, dv = query_block(
                         step, mb, dk_next, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
                         True, False,
@@ -309,7 +344,7 @@ def backward_consumer(
                 dk = warpgroup_mma_wait(0, deps=(dk_next,))
         else:
             for step in range(steps):
-                mb = lo + step % blocks
+                mb = visit(lo + step % blocks, lo, hi, DETERMINISTIC)
                 dk, dv = query_block(
                     step,
                     mb,
@@ -351,11 +386,13 @@ def backward_kernel(
     dk_desc, dv_desc,  # like k
     sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
     cu_q, cu_k,  # int32 [B + 1]; varlen only
+    turns,  # int32 [rows * padded queries / BM], zero on entry; DETERMINISTIC only
     wl, wr,  # window, used where LEFT, RIGHT
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
+    DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -390,12 +427,13 @@ def backward_kernel(
     descs = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc)
     bufs = (q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf)
     bars = (q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty)
-    ptrs = (sched, cu_q, cu_k)
+    ptrs = (sched, cu_q, cu_k, turns)
     sizes = (num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k)
     window = (wl, wr)
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT, LOOKAHEAD)),
-        (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT)),
-        (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT)),
+                             VARLEN, LEFT, RIGHT, LOOKAHEAD, DETERMINISTIC)),
+        (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
+                             DETERMINISTIC)),
+        (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, DETERMINISTIC)),
     ], [1, 1], [24, 24])  # fmt: skip

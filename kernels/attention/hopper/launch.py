@@ -245,34 +245,6 @@ def _plan_forward(
 
 
 @dataclass(frozen=True, slots=True)
-class Scratch:
-    """Device memory of one backward call, fp32: linear in the number of queries."""
-
-    lse_log2: Tensor
-    """[rows, padded]"""
-    delta: Tensor
-    """[rows, padded]"""
-    sums: Tensor
-    """dQ sums [rows * padded * width / 256, 256], tiles in register order."""
-
-    @staticmethod
-    def of(call: Call, device: torch.device) -> Scratch:
-        rows, padded = call.scratch_rows, call.padded
-        statistics = torch.empty((2, rows, padded), dtype=torch.float32, device=device)
-        sums = torch.empty((rows * padded * call.width // 256, 256), dtype=torch.float32, device=device)
-        return Scratch(statistics[0], statistics[1], sums)
-
-    def describe(self, width: int) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
-        """Descriptors of the three, unswizzled: the tiles are read row by row."""
-        plain = gl.NVMMASharedLayout(0, 32, 2)
-        lse, delta = (
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, tuning.BLOCK_M_BACKWARD], plain)
-            for t in (self.lse_log2, self.delta)
-        )
-        return lse, delta, TensorDescriptor(self.sums, list(self.sums.shape), [256, 1], [width // 4, 256], plain)
-
-
-@dataclass(frozen=True, slots=True)
 class BackwardPlan:
     """A backward call but for its tensors."""
 
@@ -285,6 +257,7 @@ class BackwardPlan:
     tiles: Launch | None
     """Lists the key blocks; varlen only."""
     main: Launch
+    deterministic: bool
     postprocess: Launch | None
     """None: no dQ is wanted."""
 
@@ -301,10 +274,11 @@ def launch_backward(
         memo["backward"] = plan
     dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), plan.copies, strict=True))
     lse_log2, delta, sums = _scratch(plan.call, q.device)
+    turns = _turns(plan.call, q.device) if plan.deterministic else None
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
-    plan.preprocess(out, dout, lse, dlse, lse_log2, delta, sums, cu_q)
+    plan.preprocess(out, dout, lse, dlse, lse_log2, delta, sums, turns, cu_q)
     sched = None if plan.tiles is None else _list_tiles(plan.tiles, cu_k, plan.bound)
-    plan.main(q, k, v, dout, lse_log2, delta, sums, dk, dv, sched, cu_q, cu_k)
+    plan.main(q, k, v, dout, lse_log2, delta, sums, dk, dv, sched, cu_q, cu_k, turns)
     if plan.postprocess is not None:
         plan.postprocess(sums, dq, cu_q)
 
@@ -317,6 +291,7 @@ def _plan_backward(
     copies = tuple(not addressable(t) for t in (dout, q, k, v))
     dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), copies, strict=True))
     scratch = _scratch(call, q.device)
+    turns = _turns(call, q.device) if params.deterministic else None
     block_n = tuning.BLOCK_N_BACKWARD
     bound = call.tiles("k", block_n)
     cu = extras.cu_seqlens_k
@@ -325,9 +300,10 @@ def _plan_backward(
         call=call,
         copies=copies,
         bound=bound,
-        preprocess=_plan_preprocess(call, dout, out, lse, dlse, scratch, extras),
+        preprocess=_plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras),
         tiles=tiles,
-        main=_plan_main(call, bound, dout, q, k, v, dk, dv, scratch, params, extras),
+        main=_plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras),
+        deterministic=params.deterministic,
         postprocess=None if dq is None else _plan_postprocess(call, scratch, dq, params.softmax_scale, extras),
     )
 
@@ -338,6 +314,12 @@ def _scratch(call: Call, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     rows, padded = call.scratch_rows, call.padded
     lse_log2, delta = torch.empty((2, rows, padded), dtype=torch.float32, device=device).unbind()
     return lse_log2, delta, torch.empty((rows * padded * call.width // 256, 256), dtype=torch.float32, device=device)
+
+
+def _turns(call: Call, device: torch.device) -> Tensor:
+    """int32 [rows, padded / 64]: how many key blocks have added to each query block's sums."""
+    shape = (call.scratch_rows, call.padded // tuning.BLOCK_M_BACKWARD)
+    return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], width: int) -> tuple[TensorDescriptor, ...]:
@@ -358,7 +340,7 @@ def _strides(name: str, tensor: Tensor, varlen: bool) -> dict[str, int]:
 
 def _plan_preprocess(
     call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scratch: tuple[Tensor, Tensor, Tensor],
-    extras: AttnExtras,
+    turns: Tensor | None, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
     block = 64
     num_blocks = triton.cdiv(call.seqlen_q, PAD) * (PAD // block)  # padding rows too
@@ -368,6 +350,7 @@ def _plan_preprocess(
         "lse": lse,
         "dlse": dlse,
         **dict(zip(("lse_log2", "delta", "sums"), scratch, strict=True)),
+        "turns": turns,
         "cu_q": extras.cu_seqlens_q,
         **_strides("o", out, call.varlen),
         **_strides("d", dout, call.varlen),
@@ -390,7 +373,7 @@ def _plan_preprocess(
 
 def _plan_main(
     call: Call, bound: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor,
-    scratch: tuple[Tensor, Tensor, Tensor], params: AttnParams, extras: AttnExtras,
+    scratch: tuple[Tensor, Tensor, Tensor], turns: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
     tile = tuning.BACKWARD[call.width]
     block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
@@ -408,6 +391,7 @@ def _plan_main(
         "sched": torch.empty(0, dtype=torch.int32, device=q.device) if call.varlen else None,
         "cu_q": extras.cu_seqlens_q,
         "cu_k": extras.cu_seqlens_k,
+        "turns": turns,
         "wl": params.window_left,
         "wr": params.window_right,
         "num_n": triton.cdiv(call.seqlen_k, block_n),
@@ -430,6 +414,7 @@ def _plan_main(
         "VARLEN": call.varlen,
         "LEFT": params.window_left >= 0,
         "RIGHT": params.window_right >= 0,
+        "DETERMINISTIC": params.deterministic,
     }
     return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True)
 

@@ -74,19 +74,19 @@ def backward(
     memo: dict[str, Any],
 ) -> None:
     """Fill the gradients that are given; see :mod:`kernels.attention.dispatch`. Always deterministic."""
-    delta = torch.empty_like(lse)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     if not memo:
         call = Call(q, k, params, extras, device_capability(q))
-        memo["delta"] = prepare(plan_delta(call, dout, out, dlse, delta))
+        memo["delta"] = prepare(plan_delta(call, dout, out, lse, dlse, lse2, delta))
         if dq is not None:
-            memo["dq"] = prepare(plan_dq(call, v, dout, lse, delta, dq))
+            memo["dq"] = prepare(plan_dq(call, v, dout, lse2, delta, dq))
         if dk is not None and dv is not None:
-            memo["dkdv"] = prepare(plan_dkdv(call, v, dout, lse, delta, dk, dv))
-    memo["delta"](dout, out, dlse, delta, extras.cu_seqlens_q)
+            memo["dkdv"] = prepare(plan_dkdv(call, v, dout, lse2, delta, dk, dv))
+    memo["delta"](dout, out, lse, dlse, lse2, delta, extras.cu_seqlens_q)
     if dq is not None:
-        memo["dq"](q, k, v, dout, lse, delta, dq, *_optional(extras))
+        memo["dq"](q, k, v, dout, lse2, delta, dq, *_optional(extras))
     if dk is not None and dv is not None:
-        memo["dkdv"](q, k, v, dout, lse, delta, dk, dv, *_optional(extras))
+        memo["dkdv"](q, k, v, dout, lse2, delta, dk, dv, *_optional(extras))
 
 
 def probabilities(q: Tensor, k: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras) -> Tensor:

@@ -35,8 +35,10 @@ from kernels.attention.portable.common import (
 def attention_delta(
     DOut,  # (B, Sq, H, D) or (total_q, H, D)
     Out,  # as DOut
-    DLse,  # (B, H, Sq) or (H, total_q) fp32, HAS_DLSE only
-    Delta,  # as DLse
+    Lse,  # (B, H, Sq) or (H, total_q) fp32, natural log
+    DLse,  # as Lse, HAS_DLSE only
+    Lse2,  # as Lse
+    Delta,  # as Lse
     CuQ,  # (B + 1,) int32, VARLEN only
     stride_dob,
     stride_dos,
@@ -56,7 +58,7 @@ def attention_delta(
     BLOCK_M: tl.constexpr,
 ):
     """Delta_i = sum_d dO_id O_id - dLSE_i. (d LSE_i / d S_ij = P_ij, so dLSE enters dS with the sign of
-    dP.)"""
+    dP.) Lse2: LSE in log2 units, +inf for rows that saw no key, so that the other kernels get P = 0 without a test."""
     row = (tl.program_id(0) % num_blocks) * BLOCK_M
     head_index = tl.program_id(0) // num_blocks
     batch = head_index // num_heads
@@ -75,21 +77,21 @@ def attention_delta(
     if HAS_DLSE:
         dl_base = head_base(DLse, batch, head, start, stride_lb, 1, stride_lh)
         delta -= tl.load(dl_base + rows, mask=exists, other=0.0)
+    lse = tl.load(head_base(Lse, batch, head, start, stride_lb, 1, stride_lh) + rows, mask=exists, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    tl.store(head_base(Lse2, batch, head, start, stride_lb, 1, stride_lh) + rows, lse, mask=exists)
     tl.store(head_base(Delta, batch, head, start, stride_lb, 1, stride_lh) + rows, delta, mask=exists)
 
 
 @triton.jit
-def _load_lse(base, row, seqlen_q, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr):
-    """LSE of a query block in log2 units. Rows that do not exist (BOUNDED) or may have seen no key (MASKED) get +inf,
-    so that P = 0."""
+def _load_lse(base, row, seqlen_q, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr):
+    """Lse2 of a query block. Rows that do not exist (BOUNDED) get +inf, so that P = 0."""
     rows = row + tl.arange(0, BLOCK_M)
     if BOUNDED:
         lse = tl.load(base + rows, mask=rows < seqlen_q, other=float("inf"))
     else:
         lse = tl.load(base + rows)
-    if MASKED:
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    return lse * LOG2_E
+    return lse
 
 
 @triton.jit
@@ -101,75 +103,6 @@ def _load_delta(base, row, seqlen_q, BLOCK_M: tl.constexpr, BOUNDED: tl.constexp
     else:
         delta = tl.load(base + rows)
     return delta
-
-
-@triton.jit
-def _dkdv_blocks(
-    dk,
-    dv,
-    k,
-    v,
-    q_base,
-    do_base,
-    l_base,
-    d_base,
-    Rng,
-    stride_qs,
-    stride_dos,
-    first,
-    last,
-    col,
-    head_index,
-    seqlen_q,
-    seqlen_k,
-    offset,
-    scale,
-    softcap,
-    slope,
-    window_left,
-    window_right,
-    dropout_threshold,
-    keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add the query blocks [first, last) of one head to (dk, dv), without the final factors. Everything is
-    transposed (keys are rows), so that P^T and dS^T are left operands straight from registers."""
-    cols = (col + tl.arange(0, BLOCK_N))[:, None]
-    for block in tl.range(first, last):
-        row = block * BLOCK_M
-        rows = (row + tl.arange(0, BLOCK_M))[None, :]
-        q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, BOUNDED)
-        lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, MASKED, BOUNDED)
-        products = dot(k, tl.trans(q))  # (BLOCK_N, BLOCK_M)
-        scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-        p = tl.exp2(scores - lse[None, :])
-        if MASKED:
-            # keys past the end need no mask: their rows of dk and dv are never stored
-            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, False)
-            p = tl.where(mask, p, 0.0)
-        do = load_tile(do_base, row, seqlen_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, BOUNDED)
-        dp = dot(v, tl.trans(do))  # (BLOCK_N, BLOCK_M)
-        p_kept = p
-        if HAS_DROPOUT:
-            keep = tl.trans(dropout_keep(Rng, head_index, row, col, dropout_threshold, BLOCK_M, BLOCK_N))
-            p_kept = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = dot(p_kept.to(do.dtype), do, dv)
-        # loaded here, not with lse: a value per column costs many registers while it lives
-        delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, BOUNDED)
-        ds = p * (dp - delta[None, :]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[None, :])
-        dk = dot(ds.to(q.dtype), q, dk)
-    return dk, dv
 
 
 @triton.jit(
@@ -190,8 +123,8 @@ def attention_dkdv(
     K,  # (B, Sk, Hk, D) or (total_k, Hk, D)
     V,  # as K
     DOut,  # as Q
-    Lse,  # (B, H, Sq) or (H, total_q) fp32
-    Delta,  # as Lse
+    Lse2,  # (B, H, Sq) or (H, total_q) fp32, from attention_delta
+    Delta,  # as Lse2
     DK,  # as K
     DV,  # as K
     CuQ,  # (B + 1,) int32, VARLEN only
@@ -263,6 +196,7 @@ def attention_dkdv(
     v_base = head_base(V, batch, head_k, start_k, stride_vb, stride_vs, stride_vh)
     k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    cols = (col + tl.arange(0, BLOCK_N))[:, None]
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
@@ -276,112 +210,42 @@ def attention_dkdv(
             slope = tl.load(Slopes + batch * stride_slope + head) * LOG2_E
         q_base = head_base(Q, batch, head, start_q, stride_qb, stride_qs, stride_qh)
         do_base = head_base(DOut, batch, head, start_q, stride_dob, stride_dos, stride_doh)
-        l_base = head_base(Lse, batch, head, start_q, stride_lb, 1, stride_lh)
+        l_base = head_base(Lse2, batch, head, start_q, stride_lb, 1, stride_lh)
         d_base = head_base(Delta, batch, head, start_q, stride_lb, 1, stride_lh)
-        # Up to three stretches of query blocks: diagonal, no mask, left edge of the window
-        for stretch in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
-            dk, dv = _dkdv_blocks(
-                dk,
-                dv,
-                k,
-                v,
-                q_base,
-                do_base,
-                l_base,
-                d_base,
-                Rng,
-                stride_qs,
-                stride_dos,
-                first if stretch == 0 else (full_first if stretch == 1 else full_last),
-                full_first if stretch == 0 else (full_last if stretch == 1 else last),
-                col,
-                batch * (num_heads_k * GROUP) + head,
-                seqlen_q,
-                seqlen_k,
-                offset,
-                scale,
-                softcap,
-                slope,
-                window_left,
-                window_right,
-                dropout_threshold,
-                keep_scale,
-                HEAD_DIM,
-                BLOCK_D,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_SOFTCAP,
-                HAS_ALIBI,
-                HAS_DROPOUT,
-                stretch != 1,
-                not EVEN_Q,
-                BLOCK_M,
-                BLOCK_N,
-            )
+        flat_head = batch * (num_heads_k * GROUP) + head
+        # One loop, and a branch around the mask, as in the forward. Everything is transposed (keys are rows), so that
+        # P^T and dS^T are left operands straight from registers.
+        for query_block in tl.range(first, last):
+            row = query_block * BLOCK_M
+            rows = (row + tl.arange(0, BLOCK_M))[None, :]
+            q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, not EVEN_Q)
+            lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, not EVEN_Q)
+            products = dot(k, tl.trans(q))  # (BLOCK_N, BLOCK_M)
+            scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+            p = tl.exp2(scores - lse[None, :])
+            if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102 (a constexpr)
+                # At width 256 the warps share out a tile's columns too, and a branch there serialises wgmma
+                if BLOCK_D > 128 or (query_block < full_first) | (query_block >= full_last):
+                    # keys past the end need no mask: their rows of dk and dv are never stored
+                    mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, False)
+                    p = tl.where(mask, p, 0.0)
+            do = load_tile(do_base, row, seqlen_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, not EVEN_Q)
+            dp = dot(v, tl.trans(do))  # (BLOCK_N, BLOCK_M)
+            p_kept = p
+            if HAS_DROPOUT:
+                keep = tl.trans(dropout_keep(Rng, flat_head, row, col, dropout_threshold, BLOCK_M, BLOCK_N))
+                p_kept = tl.where(keep, p, 0.0)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dv = dot(p_kept.to(do.dtype), do, dv)
+            # loaded here, not with lse: a value per column costs many registers while it lives
+            delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, not EVEN_Q)
+            ds = p * (dp - delta[None, :]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[None, :])
+            dk = dot(ds.to(q.dtype), q, dk)
 
     dk_base = head_base(DK, batch, head_k, start_k, stride_dkb, stride_dks, stride_dkh)
     dv_base = head_base(DV, batch, head_k, start_k, stride_dvb, stride_dvs, stride_dvh)
     store_tile(dk_base, col, seqlen_k, stride_dks, dk * softmax_scale, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_tile(dv_base, col, seqlen_k, stride_dvs, dv * keep_scale, BLOCK_N, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _dq_blocks(
-    dq,
-    q,
-    do,
-    lse,
-    delta,
-    k_base,
-    v_base,
-    Rng,
-    stride_ks,
-    stride_vs,
-    first,
-    last,
-    row,
-    head_index,
-    seqlen_k,
-    offset,
-    scale,
-    softcap,
-    slope,
-    window_left,
-    window_right,
-    dropout_threshold,
-    keep_scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add key blocks [first, last) to dq, without the final factor."""
-    rows = (row + tl.arange(0, BLOCK_M))[:, None]
-    for block in tl.range(first, last):
-        col = block * BLOCK_N
-        cols = (col + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
-        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
-        products = dot(q, tl.trans(k))  # (BLOCK_M, BLOCK_N)
-        scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-        p = tl.exp2(scores - lse[:, None])
-        if MASKED:
-            mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BOUNDED)
-            p = tl.where(mask, p, 0.0)
-        dp = dot(do, tl.trans(v))  # (BLOCK_M, BLOCK_N)
-        if HAS_DROPOUT:
-            keep = dropout_keep(Rng, head_index, row, col, dropout_threshold, BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[:, None])
-        dq = dot(ds.to(k.dtype), k, dq)
-    return dq
 
 
 @triton.jit(
@@ -402,8 +266,8 @@ def attention_dq(
     K,  # (B, Sk, Hk, D) or (total_k, Hk, D)
     V,  # as K
     DOut,  # as Q
-    Lse,  # (B, H, Sq) or (H, total_q) fp32
-    Delta,  # as Lse
+    Lse2,  # (B, H, Sq) or (H, total_q) fp32, from attention_delta
+    Delta,  # as Lse2
     DQ,  # as Q
     CuQ,  # (B + 1,) int32, VARLEN only
     CuK,  # (B + 1,) int32, VARLEN only
@@ -473,54 +337,35 @@ def attention_dq(
     do_base = head_base(DOut, batch, head, start_q, stride_dob, stride_dos, stride_doh)
     k_base = head_base(K, batch, head // GROUP, start_k, stride_kb, stride_ks, stride_kh)
     v_base = head_base(V, batch, head // GROUP, start_k, stride_vb, stride_vs, stride_vh)
-    l_base = head_base(Lse, batch, head, start_q, stride_lb, 1, stride_lh)
+    l_base = head_base(Lse2, batch, head, start_q, stride_lb, 1, stride_lh)
     d_base = head_base(Delta, batch, head, start_q, stride_lb, 1, stride_lh)
     q = load_tile(q_base, row, seqlen_q, stride_qs, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_base, row, seqlen_q, stride_dos, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, True, True)
+    lse = _load_lse(l_base, row, seqlen_q, BLOCK_M, True)
     delta = _load_delta(d_base, row, seqlen_q, BLOCK_M, True)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     first, full_first, full_last, last = key_blocks(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    # Up to three stretches of key blocks: left edge of the window, no mask, diagonal or tail
-    for stretch in tl.static_range(0 if HAS_LEFT else 1, 3 if HAS_RIGHT or not EVEN_K else 2):
-        dq = _dq_blocks(
-            dq,
-            q,
-            do,
-            lse,
-            delta,
-            k_base,
-            v_base,
-            Rng,
-            stride_ks,
-            stride_vs,
-            first if stretch == 0 else (full_first if stretch == 1 else full_last),
-            full_first if stretch == 0 else (full_last if stretch == 1 else last),
-            row,
-            head_index,
-            seqlen_k,
-            offset,
-            scale,
-            softcap,
-            slope,
-            window_left,
-            window_right,
-            dropout_threshold,
-            keep_scale,
-            HEAD_DIM,
-            BLOCK_D,
-            HAS_LEFT,
-            HAS_RIGHT,
-            HAS_SOFTCAP,
-            HAS_ALIBI,
-            HAS_DROPOUT,
-            stretch != 1,
-            stretch != 1 and not EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-        )
+    rows = (row + tl.arange(0, BLOCK_M))[:, None]
+    for key_block in tl.range(first, last):  # one loop, and a branch around the mask, as in the forward
+        col = key_block * BLOCK_N
+        cols = (col + tl.arange(0, BLOCK_N))[None, :]
+        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not EVEN_K)
+        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not EVEN_K)
+        products = dot(q, tl.trans(k))  # (BLOCK_M, BLOCK_N)
+        scores, cap_slope = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+        p = tl.exp2(scores - lse[:, None])
+        if HAS_LEFT or HAS_RIGHT or not EVEN_K:  # noqa: SIM102 (a constexpr)
+            if (key_block < full_first) | (key_block >= full_last):
+                mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, not EVEN_K)
+                p = tl.where(mask, p, 0.0)
+        dp = dot(do, tl.trans(v))  # (BLOCK_M, BLOCK_N)
+        if HAS_DROPOUT:
+            keep = dropout_keep(Rng, head_index, row, col, dropout_threshold, BLOCK_M, BLOCK_N)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[:, None])
+        dq = dot(ds.to(k.dtype), k, dq)
     dq_base = head_base(DQ, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh)
     store_tile(dq_base, row, seqlen_q, stride_dqs, dq * softmax_scale, BLOCK_M, HEAD_DIM, BLOCK_D)

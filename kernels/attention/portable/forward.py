@@ -37,6 +37,7 @@ def _online_softmax(
     row_sum,
     rows,
     cols,
+    edge,
     seqlen_k,
     offset,
     scale,
@@ -48,98 +49,25 @@ def _online_softmax(
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
     """One step of the online softmax over a (BLOCK_M, BLOCK_N) tile of raw products: (P, alpha, max, sum).
-    alpha rescales what was accumulated so far. max is in log2 units."""
-    if MASKED or HAS_SOFTCAP or HAS_ALIBI:
-        scores, _ = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
-        if MASKED:
+    alpha rescales what was accumulated so far. max is in log2 units. ``edge``: some pair of the tile is hidden."""
+    MASKED: tl.constexpr = HAS_LEFT or HAS_RIGHT or BOUNDED
+    if HAS_SOFTCAP or HAS_ALIBI:
+        products, _ = bias_scores(products, rows, cols, offset, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)
+        scale = 1.0
+    if MASKED:  # noqa: SIM102 (a constexpr, decided before the value is traced)
+        if edge:
             mask = visible(rows, cols, offset, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BOUNDED)
-            scores = tl.where(mask, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # a row that has seen no key yet: -inf - -inf would be NaN
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        p = tl.exp2(scores - shift[:, None])
-    else:
-        # scale >= 0 here, so the maximum may be taken before scaling: one FMA and one exp2 per score
-        new_max = tl.maximum(row_max, tl.max(products, 1) * scale)
-        shift = new_max
-        p = tl.exp2(products * scale - shift[:, None])
+            products = tl.where(mask, products, float("-inf"))
+    # scale > 0 here, so the maximum may be taken before scaling: one FMA and one exp2 per score
+    new_max = tl.maximum(row_max, tl.max(products, 1) * scale)
+    # a row that has seen no key yet: -inf - -inf would be NaN
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    p = tl.exp2(products * scale - shift[:, None])
     alpha = tl.exp2(row_max - shift)
     return p, alpha, new_max, row_sum * alpha + tl.sum(p, 1)
-
-
-@triton.jit
-def _forward_blocks(
-    acc,
-    row_max,
-    row_sum,
-    q,
-    k_base,
-    v_base,
-    Rng,
-    stride_ks,
-    stride_vs,
-    first,
-    last,
-    row,
-    head_index,
-    seqlen_k,
-    offset,
-    scale,
-    softcap,
-    slope,
-    window_left,
-    window_right,
-    dropout_threshold,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Fold key blocks [first, last) into (acc, row_max, row_sum).
-    MASKED: some pairs do not see each other; BOUNDED: some keys do not exist."""
-    rows = (row + tl.arange(0, BLOCK_M))[:, None]
-    for block in tl.range(first, last):
-        col = block * BLOCK_N
-        cols = (col + tl.arange(0, BLOCK_N))[None, :]
-        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
-        products = dot(q, tl.trans(k))  # (BLOCK_M, BLOCK_N)
-        p, alpha, row_max, row_sum = _online_softmax(
-            products,
-            row_max,
-            row_sum,
-            rows,
-            cols,
-            seqlen_k,
-            offset,
-            scale,
-            softcap,
-            slope,
-            window_left,
-            window_right,
-            HAS_LEFT,
-            HAS_RIGHT,
-            HAS_SOFTCAP,
-            HAS_ALIBI,
-            MASKED,
-            BOUNDED,
-        )
-        if HAS_DROPOUT:
-            keep = dropout_keep(Rng, head_index, row, col, dropout_threshold, BLOCK_M, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
-        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, BOUNDED)
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
-    return acc, row_max, row_sum
 
 
 @triton.jit(
@@ -237,22 +165,21 @@ def attention_forward(
     first, full_first, full_last, last = key_blocks(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    # Up to three stretches of key blocks: left edge of the window, no mask, diagonal or tail
-    for stretch in tl.static_range(0 if HAS_LEFT else 1, 3 if HAS_RIGHT or not EVEN_K else 2):
-        acc, row_max, row_sum = _forward_blocks(
-            acc,
+    rows = (row + tl.arange(0, BLOCK_M))[:, None]
+    # One loop, and a branch around the mask: a loop per kind of block would drain and refill the pipeline of loads
+    # between them, and keep the addresses of both.
+    for key_block in tl.range(first, last):
+        col = key_block * BLOCK_N
+        cols = (col + tl.arange(0, BLOCK_N))[None, :]
+        k = load_tile(k_base, col, seqlen_k, stride_ks, BLOCK_N, HEAD_DIM, BLOCK_D, not EVEN_K)
+        products = dot(q, tl.trans(k))  # (BLOCK_M, BLOCK_N)
+        p, alpha, row_max, row_sum = _online_softmax(
+            products,
             row_max,
             row_sum,
-            q,
-            k_base,
-            v_base,
-            Rng,
-            stride_ks,
-            stride_vs,
-            first if stretch == 0 else (full_first if stretch == 1 else full_last),
-            full_first if stretch == 0 else (full_last if stretch == 1 else last),
-            row,
-            head_index,
+            rows,
+            cols,
+            (key_block < full_first) | (key_block >= full_last),
             seqlen_k,
             offset,
             scale,
@@ -260,19 +187,17 @@ def attention_forward(
             slope,
             window_left,
             window_right,
-            dropout_threshold,
-            HEAD_DIM,
-            BLOCK_D,
             HAS_LEFT,
             HAS_RIGHT,
             HAS_SOFTCAP,
             HAS_ALIBI,
-            HAS_DROPOUT,
-            stretch != 1,
-            stretch != 1 and not EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
+            not EVEN_K,
         )
+        if HAS_DROPOUT:
+            keep = dropout_keep(Rng, head_index, row, col, dropout_threshold, BLOCK_M, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
+        v = load_tile(v_base, col, seqlen_k, stride_vs, BLOCK_N, HEAD_DIM, BLOCK_D, not EVEN_K)
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
 
     empty = row_sum == 0.0  # the row saw no key: out 0, lse -inf
     row_sum = tl.where(empty, 1.0, row_sum)

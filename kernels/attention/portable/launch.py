@@ -5,7 +5,7 @@ Planning works on meta tensors too, so that what is compiled without a GPU (``po
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from kernels.attention.portable.forward import attention_forward
 from kernels.attention.portable.probs import attention_probs
 from kernels.attention.portable.tuning import Kernel, Tile, choose_tile, padded_head_dim, section_heads
 from kernels.attention.relaunch import Launch
+
+TINY_SCALE = 1e-30
+"""The forward's stand-in for a softmax scale of 0: every score is still 0, and a masked one still -inf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,9 @@ class Call:
     def tile(self, kernel: Kernel) -> Tile:
         """The table's launch configuration."""
         dropout = self.params.dropout_p > 0
-        return choose_tile(kernel, self.head_dim, self.q.element_size(), self.capability, dropout)
+        tile = choose_tile(kernel, self.head_dim, self.q.element_size(), self.capability, dropout)
+        # The table's limits are for kernels without a soft cap, whose derivative would spill
+        return replace(tile, max_registers=None) if self.params.softcap > 0 else tile
 
     def strides(self, tensor: Tensor) -> tuple[int, int, int]:
         """(batch, sequence, head) strides of a (B, S, H, D) or (total, H, D) tensor; batch stride 0 for
@@ -146,8 +151,7 @@ class Plan:
 
 def prepare(plan: Plan) -> Launch:
     """The launch, free of the tensors it was planned with. Calls give theirs in the order of ``plan.arguments``."""
-    tile = plan.tile
-    return Launch(plan.kernel, plan.num_programs, plan.arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return Launch(plan.kernel, plan.num_programs, plan.arguments, **plan.tile.options())
 
 
 def _section(call: Call, streamed_rows: int, total_heads: int, sharing: int) -> int:
@@ -172,7 +176,7 @@ def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Plan:
         "num_blocks": num_blocks,
         "total_heads": total_heads,
         "section": _section(call, call.params.max_seqlen_k, total_heads, call.num_heads // call.num_heads_k),
-        "scale": abs(scale) * math.log2(math.e),
+        "scale": max(abs(scale), TINY_SCALE) * math.log2(math.e),
         "NEGATE": scale < 0,
         **_strided(call, q=call.q, k=call.k, v=v, o=out),
         **_common(call, tile, lse),
@@ -180,15 +184,19 @@ def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Plan:
     return Plan(attention_forward, num_blocks * total_heads, arguments, tile)
 
 
-def plan_delta(call: Call, dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> Plan:
-    """Fills ``delta`` (as lse) = rowsum(dO * O) - dLSE."""
+def plan_delta(
+    call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, lse2: Tensor, delta: Tensor
+) -> Plan:
+    """Fills ``delta`` (as lse) = rowsum(dO * O) - dLSE, and ``lse2``, the LSE in the backward's form."""
     tile = call.tile("delta")
     num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
     stride_lb, stride_lh = call.lse_strides(delta)
     arguments = {
         "DOut": dout,
         "Out": out,
+        "Lse": lse,
         "DLse": dlse,
+        "Lse2": lse2,
         "Delta": delta,
         "CuQ": call.extras.cu_seqlens_q,
         "stride_lb": stride_lb,
@@ -206,7 +214,7 @@ def plan_delta(call: Call, dout: Tensor, out: Tensor, dlse: Tensor | None, delta
     return Plan(attention_delta, num_blocks * call.batch * call.num_heads, arguments, tile)
 
 
-def plan_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Plan:
+def plan_dq(call: Call, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor) -> Plan:
     """Fills ``dq`` (as q)."""
     tile = call.tile("dq")
     num_blocks = triton.cdiv(call.params.max_seqlen_q, tile.block_m)
@@ -216,7 +224,7 @@ def plan_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq:
         "K": call.k,
         "V": v,
         "DOut": dout,
-        "Lse": lse,
+        "Lse2": lse2,
         "Delta": delta,
         "DQ": dq,
         "num_heads": call.num_heads,
@@ -226,12 +234,12 @@ def plan_dq(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq:
         "scale": call.params.softmax_scale * math.log2(math.e),
         "softmax_scale": call.params.softmax_scale,
         **_strided(call, q=call.q, k=call.k, v=v, do=dout, dq=dq),
-        **_common(call, tile, lse),
+        **_common(call, tile, lse2),
     }
     return Plan(attention_dq, num_blocks * total_heads, arguments, tile)
 
 
-def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> Plan:
+def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> Plan:
     """Fills ``dk`` and ``dv`` (as k)."""
     tile = call.tile("dkdv")
     num_blocks = triton.cdiv(call.params.max_seqlen_k, tile.block_n)
@@ -242,7 +250,7 @@ def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, d
         "K": call.k,
         "V": v,
         "DOut": dout,
-        "Lse": lse,
+        "Lse2": lse2,
         "Delta": delta,
         "DK": dk,
         "DV": dv,
@@ -253,7 +261,7 @@ def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, d
         "scale": call.params.softmax_scale * math.log2(math.e),
         "softmax_scale": call.params.softmax_scale,
         **_strided(call, q=call.q, k=call.k, v=v, do=dout, dk=dk, dv=dv),
-        **_common(call, tile, lse),
+        **_common(call, tile, lse2),
     }
     return Plan(attention_dkdv, num_blocks * total_heads_k, arguments, tile)
 

@@ -86,7 +86,7 @@ def plan_all(
     call = Call(q, k, params, AttnExtras(cu, cu, slopes, rng), capability)
     plans = {
         "forward": plan_forward(call, k, q, stats),
-        "delta": plan_delta(call, q, q, None, stats),
+        "delta": plan_delta(call, q, q, stats, None, stats, stats),
         "dq": plan_dq(call, k, q, stats, stats, q),
         "dkdv": plan_dkdv(call, k, q, stats, stats, k, k),
     }
@@ -124,6 +124,7 @@ def compile_cases() -> list[CompileCase]:
                         num_warps=launch.tile.num_warps,
                         num_stages=launch.tile.num_stages,
                         archs=(arch,),
+                        options=launch.tile.options(),
                         quick=head_dim in (64, 128) and feature == "causal" and dtype == torch.bfloat16 and group == 1,
                     )
                 )

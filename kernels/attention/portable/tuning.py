@@ -21,6 +21,13 @@ class Tile:
     """Key rows per tile."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Per thread; None: the compiler's choice. 128 lets two programs of 8 warps share a multiprocessor."""
+
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -51,34 +58,35 @@ def choose_tile(
         if kernel == "dkdv":  # two accumulators: half the rows
             return Tile(16, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
         return Tile(32, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
-    table = _HOPPER if capability[0] in (9, 10) else _AMPERE
+    table = HOPPER if capability[0] in (9, 10) else AMPERE
     if dropout:
-        table = _DROPOUT
+        table = DROPOUT
     column = 0 if width <= 32 else {64: 1, 128: 2, 256: 3}[width]
     return table[kernel][column]
 
 
 # Columns: tile width (padded head dim) up to 32, 64, 128, 256. All entries stay below 99 KB of shared memory but for
-# sm_90 and sm_100 (227 KB). Chosen by compiling (`compile_cases` in shipped.py; triton 3.9, sm_80 and sm_90): no
-# wgmma is serialized, and what spills is reloaded outside the loops without masks unless a comment says otherwise.
-_HOPPER: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
-    # A 128-row tile on 8 warps gives each warpgroup the 64 rows that wgmma needs. At width 128 the wide key block
-    # costs 567 instructions per 128 x 128 scores where two blocks of 64 cost 750 (the accumulator is rescaled half
-    # as often); it spills about 200 bytes, outside the loops.
-    "forward": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
-    "dq": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    # Keys are the rows here. dK and dV alone take 128 registers per thread at width 128: of 440
-    # instructions per step about 25 reload addresses that did not fit.
-    "dkdv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
+# sm_90 and sm_100 (227 KB). Chosen by compiling (`compile_cases` in shipped.py; triton 3.6 and 3.9, sm_80 and sm_90):
+# no wgmma is serialized, and what spills is reloaded outside the loops unless a comment says otherwise.
+HOPPER: dict[Kernel, tuple[Tile, ...]] = {
+    # Three stages everywhere: Triton issues a block's loads at the end of an iteration and waits for them at the start
+    # of another, so that two stages leave nothing to hide the latency behind. A 128-row tile on 8 warps gives each
+    # warpgroup the 64 rows that wgmma needs. At width 64 two programs fit on a multiprocessor, one's exponentials
+    # beside the other's products. At width 128 they do not, and the wide key block costs 525 instructions per 128 x 128
+    # scores where two blocks of 64 cost 692 (the accumulator is rescaled half as often).
+    "forward": (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(128, 128, 8, 3), Tile(128, 32, 8, 3)),
+    "dq": (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+    # Keys are the rows here. dK and dV alone take 128 registers per thread at width 128.
+    "dkdv": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 8, 3)),
 }
-_AMPERE: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
+AMPERE: dict[Kernel, tuple[Tile, ...]] = {
     "forward": (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
     "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
     "dkdv": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
 }
 # The mask generator needs registers (four Philox lanes per four entries) and shared memory (its layout is not that of
 # a product), so tiles are smaller.
-_DROPOUT: dict[str, tuple[Tile, Tile, Tile, Tile]] = {
+DROPOUT: dict[Kernel, tuple[Tile, ...]] = {
     "forward": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
     "dq": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(64, 32, 8, 1)),
     "dkdv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)),
