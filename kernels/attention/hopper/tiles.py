@@ -57,8 +57,8 @@ def decode_tile(t, sched, num_blocks, num_heads, batch_heads, section, VARLEN: g
 
     Dense: heads vary fastest inside sections whose tensors fit in L2 together; blocks descend where later
     ones have more work (REVERSE), so that the tail of the grid is short tiles. The last section takes the heads
-    that are left over as well: alone they would be few tiles, the longest of which would start too late. Varlen: ``sched`` lists the
-    blocks in such an order (elementwise.py), heads fastest.
+    that are left over as well: alone they would be few tiles, the longest of which would start too late. Varlen:
+    ``sched`` lists the blocks in such an order (elementwise.py), heads fastest.
     """
     if VARLEN:
         entry = t // num_heads
