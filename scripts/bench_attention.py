@@ -55,8 +55,8 @@ DEFAULT_CPU = ("sdpa", "standard")
 STANDARD_LIMIT_BYTES = 16 * 2**30
 """Standard attention is left out where its score matrices alone would take more than this."""
 L2_FLUSH_BYTES = 256 * 2**20
-HEAD_START_CYCLES = 2_000_000
-"""The device spins about a millisecond before each measured call, so that the host has queued all of it by then: the
+HEAD_START_CYCLES = 4_000_000
+"""The device spins about two milliseconds before each measured call, so that the host has queued all of it by then: the
 device alone is timed. ``--host`` times the host."""
 
 
