@@ -56,25 +56,28 @@ def decode_tile(t, sched, num_blocks, num_heads, batch_heads, section, VARLEN: g
     """Tile number -> (query block, sequence, head).
 
     Dense: heads vary fastest inside sections whose tensors fit in L2 together; blocks descend where later
-    ones have more work (REVERSE), so that the tail of the grid is short tiles. The last section takes the heads
-    that are left over as well: alone they would be few tiles, the longest of which would start too late. Varlen:
-    ``sched`` lists the blocks in such an order (elementwise.py), heads fastest.
+    ones have more work (REVERSE), so that the tail of the grid is short tiles. The heads that fill no section come
+    first: at the end they would be few tiles, the longest of which would start too late. Varlen: ``sched`` lists the
+    blocks in such an order (elementwise.py), heads fastest.
     """
     if VARLEN:
         entry = t // num_heads
         return gl.load(sched + 2 * entry + 3), gl.load(sched + 2 * entry + 2), t % num_heads
     else:
         per_section = section * num_blocks
-        last = gl.maximum(batch_heads // section, 1) - 1
-        s = gl.minimum(t // per_section, last)
-        r = t - s * per_section
-        width = section
-        if s == last:
-            width = batch_heads - s * section
+        odd = batch_heads % section
+        first = 0
+        width = odd
+        r = t
+        if t >= odd * num_blocks:
+            s = (t - odd * num_blocks) // per_section
+            first = odd + s * section
+            width = section
+            r = t - first * num_blocks
         block = r // width
         if REVERSE:
             block = num_blocks - 1 - block
-        bh = s * section + r % width
+        bh = first + r % width
         return block, bh // num_heads, bh % num_heads
 
 
