@@ -333,6 +333,10 @@ class EngineConfig:
     """Elements a communication bucket at stages 1 to 3."""
     overlap_comm: bool = True
     """Overlap gradient communication with the backward pass at stages 1 to 3."""
+    sequence_parallel_size: int = 1
+    """Neighbouring ranks that share the tokens of each sample, exchanging heads around attention (DeepSpeed-Ulysses),
+    for sequences whose activations don't fit one device. Must divide the ranks, `model.sequence_length` and
+    `model.num_heads`. 1: off."""
     recompute: Recompute = Recompute.none
     """Activation checkpointing."""
     compile: Toggle = Toggle.auto

@@ -27,7 +27,7 @@ from rich.table import Table
 from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import Device, ScalingRunConfig
-from training.batch import resolve_batch
+from training.batch import data_ranks, resolve_batch
 from training.report import about, draw_lines, wide_console, write_json
 from training.run import run_folder
 from training.trial import run_trial
@@ -136,7 +136,7 @@ def show_step(status: Status, label: str, steps: int, done: int) -> None:
 def global_batch(config: ScalingRunConfig, world_size: int) -> int:
     """Sequences a step: what the config says for its first number of processes, times the growth if that is wanted."""
     first = config.scaling.world_sizes[0]
-    size = resolve_batch(config.train, first).global_batch_size
+    size = resolve_batch(config.train, data_ranks(config.engine, first)).global_batch_size
     if config.scaling.strong:
         return size
     if size * world_size % first:
@@ -146,8 +146,9 @@ def global_batch(config: ScalingRunConfig, world_size: int) -> int:
 
 def micro_batch(config: ScalingRunConfig, world_size: int) -> list[str]:
     """Keep the micro-batch, so that the matrix products stay the same; accumulation follows from the rest."""
-    micro = resolve_batch(config.train, config.scaling.world_sizes[0]).micro_batch_size
-    share = global_batch(config, world_size) // world_size
+    first = data_ranks(config.engine, config.scaling.world_sizes[0])
+    micro = resolve_batch(config.train, first).micro_batch_size
+    share = global_batch(config, world_size) // data_ranks(config.engine, world_size)
     while share % micro:  # strong scaling can leave less than a micro-batch to a rank
         micro -= 1
     return [f"train.micro_batch_size={micro}", "train.accumulation_steps=null"]

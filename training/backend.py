@@ -124,7 +124,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's config; clipping, learning rates and the loss scale, which the engine does itself, aren't in it."""
     settings: dict[str, Any] = {
-        "train_batch_size": plan.global_batch_size,
+        # To DeepSpeed ranks that share samples are ranks like others, which all have samples.
+        "train_batch_size": plan.micro_batch_size * plan.accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": 0.0,
