@@ -340,7 +340,7 @@ class EngineConfig:
     recompute: Recompute = Recompute.none
     """Activation checkpointing."""
     compile: Toggle = Toggle.auto
-    """`torch.compile` of each block. auto: on CUDA at stages 0 to 2."""
+    """`torch.compile` of each block. auto: on CUDA."""
     timeout_minutes: float = 10.0
     """A collective that takes longer than this fails."""
 

@@ -152,9 +152,13 @@ class GPT(nn.Module):
         self.sequence = group
 
     def compile_blocks(self) -> None:
-        """Compile each block by itself: equal blocks share one compilation, and the names of parameters stay."""
+        """Compile each block by itself: equal blocks share one compilation, and the names of parameters stay.
+
+        Only `forward` is compiled, not the call around it, which runs the hooks by which ZeRO-3 gathers and frees the
+        block's parameters: Dynamo would guard on what they change, and compile anew at each block and step.
+        """
         for block in self.blocks:
-            block.compile()
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
     def decay_groups(self) -> list[tuple[str, list[nn.Parameter]]]:
         """`decay`: the matrices of linear layers, embeddings and head; `no_decay`: norms and biases.

@@ -31,6 +31,7 @@ from training.backend import (
     DTYPES,
     check_engine,
     deepspeed_config,
+    gather_whole_blocks,
     import_deepspeed,
     quiet,
     resolve_precision,
@@ -231,10 +232,14 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         plan,
         precision,
         num_parameters=sum(parameter.numel() for parameter in names),
+        num_block_parameters=count_parameters(model.blocks[0]),
         device=device,
         world_size=processes.world_size,
     )
     deepspeed = import_deepspeed(device)
+    compiled = should_compile(config.engine, device)
+    if compiled and config.engine.zero_stage == 3:
+        gather_whole_blocks(deepspeed, model)
     restore = set_local_rank(device.index or 0)
     with quiet():
         wrapped, *_ = deepspeed.initialize(
@@ -246,7 +251,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
-    if should_compile(config.engine, device):
+    if compiled:
         model.compile_blocks()
     return Engine(wrapped, partition, shapes, config, precision, processes, restore)
 
