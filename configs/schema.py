@@ -310,7 +310,7 @@ class TrainConfig:
     """A NaN or infinite loss or gradient stops the run, or skips that step's update."""
     profile_steps: int = 0
     """Profile this many steps, some time after the tenth (in a shorter run: its last ones), and write where their time
-    goes into the run folder: waterfall.json and .png. 0: off."""
+    goes into the run folder: waterfall.json and .png, of several ranks ranks.png. 0: off."""
 
 
 @dataclass
@@ -438,6 +438,12 @@ class ScalingConfig:
     """Optimizer steps each; the first third is warm-up and not measured."""
     strong: bool = False
     """Keep the global batch (strong scaling). False: keep the batch of a rank (weak scaling)."""
+    forecast: list[int] = field(default_factory=list)
+    """Larger numbers of processes to predict, not run: nodes like this host, of as many processes as the largest trial.
+    Needs a trial on one process. Empty: none."""
+    network_gb_per_s: float | None = None
+    """For `forecast`: 10^9 bytes/s that each process sends to another node while it receives as much. None: as fast
+    as inside this host."""
 
 
 @dataclass
