@@ -21,8 +21,8 @@ HARMLESS = (
     "train.micro_batch_size", "train.accumulation_steps",
     "model.attention", "model.fused",
     "engine.zero_stage", "engine.offload_optimizer", "engine.offload_params", "engine.bucket_size",
-    "engine.overlap_comm", "engine.recompute", "engine.compile", "engine.timeout_minutes",
-    "engine.fuse_weight_gradients",
+    "engine.overlap_comm", "engine.sequence_parallel_size", "engine.recompute", "engine.compile",
+    "engine.timeout_minutes", "engine.fuse_weight_gradients",
 )  # fmt: skip
 """Keys, and sections with a dot, that leave the trained function as it is: results are equal, or differ by rounding."""
 
