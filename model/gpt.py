@@ -21,6 +21,7 @@ from model.dimensions import resolve_dimensions
 from model.init import Embedding, Linear, initialise
 from model.layers import MLP, alibi_slopes, build_norm, rotary_tables, token_positions
 from model.loss import Head
+from model.residual_norm import ResidualNorm
 from model.sequence import SequenceGroup, own_part
 
 __all__ = ["GPT", "Block", "build_model", "check"]
@@ -32,15 +33,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         sizes = resolve_dimensions(config)
-        self.attention_norm = build_norm(config, sizes.width)
+        self.attention_norm = ResidualNorm(config, sizes.width)
         self.attention = SelfAttention(config, sizes)
-        self.mlp_norm = build_norm(config, sizes.width)
+        self.mlp_norm = ResidualNorm(config, sizes.width)
         self.mlp = MLP(config, sizes)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x, normed = self.attention_norm(x)
+        x, normed = self.mlp_norm(x, self.dropout(self.attention(normed, context)))
+        out: Tensor = x + self.dropout(self.mlp(normed))
+        return out
 
 
 class GPT(nn.Module):

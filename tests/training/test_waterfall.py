@@ -275,6 +275,9 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("triton_poi_fused_add_1", (), C.norms),
         ("triton_poi_fused_addmm_gelu_2", (), C.activations),
         ("triton_poi_fused_mul_silu_view_2", (), C.activations),
+        ("triton_poi_fused__to_copy_add_mul_sigmoid_3", (), C.activations),
+        ("_add_norm_kernel", (), C.norms),
+        ("_add_norm_backward_kernel", (), C.norms),
         ("triton_red_fused_sum_7", (), C.elementwise),
         ("triton_poi_fused__to_copy_t_9", (), C.copies),
         ("triton_poi_fused_cat_3", (), C.copies),
@@ -327,7 +330,8 @@ def test_operators(stack: tuple[str, ...], category: Category | None) -> None:
 def test_our_kernels_are_called_so() -> None:
     """Names in the table are those of the kernels' functions."""
     hopper, portable = "kernels.attention.hopper", "kernels.attention.portable"
-    places = ["kernels.attention.flash1", "model.loss_kernel", f"{portable}.forward", f"{portable}.backward"]
+    places = ["kernels.attention.flash1", "model.loss_kernel", "model.norm_kernel"]
+    places += [f"{portable}.forward", f"{portable}.backward"]
     places += [f"{hopper}.{module}" for module in ("elementwise", "gluon_backward", "gluon_forward")]
     modules = [importlib.import_module(place) for place in places]
     for name in known.OUR_KERNELS:
@@ -373,8 +377,11 @@ def test_work_by_hand() -> None:
     assert block == 64 * 2 * 72 * 64  # 72 E bytes a layer and token
     assert least[C.loss] == 64 * 2 * 2 * 64
     assert least[C.optimizer] == 30 * count
-    assert least[C.accumulation] == 10 * count * 2
+    assert least[C.accumulation] == 10 * (count - 2 * 12 * 64 * 64) * 2  # what no block's product makes
     assert C.communication not in least
+    config.engine.fuse_weight_gradients = Toggle.off
+    apart = work_of(config.model, config.engine, Precision.bf16, tokens=64, accumulation=2, world_size=1).least_bytes
+    assert apart[C.accumulation] == 10 * count * 2
 
 
 @pytest.mark.parametrize(("stage", "per_weight"), [(0, 2 * 4), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * 4 + 3 * 2 * 2)])
