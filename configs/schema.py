@@ -60,6 +60,13 @@ class Source(StrEnum):
     parquet = "parquet"
 
 
+class Packing(StrEnum):
+    """How documents become samples of `model.sequence_length` tokens."""
+
+    concatenate = "concatenate"
+    best_fit = "best_fit"
+
+
 class Schedule(StrEnum):
     """Shape of the learning rate after the warm-up."""
 
@@ -241,6 +248,10 @@ class DataConfig:
     """Processes that tokenise. 0: one a core."""
     shuffle: bool = True
     """Shuffle the samples of each epoch. False: in corpus order."""
+    packing: Packing = Packing.concatenate
+    """concatenate: end to end, cut every `model.sequence_length` tokens. best_fit: only longer documents are cut, and
+    what no document fills of a sample is padding that doesn't count; it is computed at each start, 32 bytes a
+    document."""
     document_mask: bool = False
     """Tokens see only their own document (`cu_seqlens` to the kernels). False: packed documents see each
     other."""

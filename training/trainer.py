@@ -29,6 +29,7 @@ from data import (
     prepare,
 )
 from data.progress import show_progress
+from data.report import describe_packing
 from model import build_model, resolve_attention
 from model.flops import flops_per_token, parameter_counts
 from model.generate import generate
@@ -145,6 +146,7 @@ class Trainer:
             world_size=self.replicas,
             seed=config.seed,
             shuffle=config.data.shuffle,
+            packing=config.data.packing,
             document_mask=config.data.document_mask,
             prefetch=config.data.prefetch,
             device=processes.device,
@@ -218,6 +220,8 @@ class Trainer:
             f"{self.corpus.train.num_tokens:,} training tokens; {tokens:,} a step: {plan.global_batch_size} sequences "
             f"of {config.model.sequence_length} ({takers} × {plan.accumulation_steps} × {plan.micro_batch_size})"
         )
+        if self.loader.packing is not None:
+            say(f"  {describe_packing(self.loader.packing, self.corpus.train)}")
         epochs = self.loader.source_epochs(config.train.steps * plan.global_batch_size)
         for part in self.corpus.parts if epochs else ():
             say(
