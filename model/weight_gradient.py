@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 
 @torch.library.custom_op("flashtrain::add_weight_gradient_", mutates_args=("total",))
@@ -40,6 +41,12 @@ def add_weight_gradient_(total: Tensor, d_out: Tensor, x: Tensor) -> None:
 @add_weight_gradient_.register_fake
 def _add_weight_gradient_fake(total: Tensor, d_out: Tensor, x: Tensor) -> None:
     return None
+
+
+@register_flop_formula(torch.ops.flashtrain.add_weight_gradient_)  # type: ignore[untyped-decorator]
+def _add_weight_gradient_flops(total: torch.Size, d_out: torch.Size, x: torch.Size, **_: Any) -> int:
+    """2·T·O·I: PyTorch's counter doesn't look into operators."""
+    return 2 * d_out.numel() * x[-1]
 
 
 class _SummedLinear(torch.autograd.Function):
