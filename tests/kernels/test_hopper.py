@@ -206,11 +206,11 @@ def fixed_order_case(case: Case) -> Callable[[], tuple[Tensor, ...]]:
     """A backward in fixed order, to be repeated."""
     q, k, v, dout, params, extras = inputs(case)
     params = replace(params, deterministic=True)
-    out, lse = hopper.forward(q, k, v, params, extras)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
 
     def gradients() -> tuple[Tensor, ...]:
         grads = [torch.full(t.shape, 7.0, dtype=t.dtype) for t in (q, k, v)]  # varlen: rows of no sequence keep it
-        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras)
+        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
         return tuple(grads)
 
     return gradients
@@ -244,9 +244,9 @@ def test_deterministic_sums_in_ascending_order(case: Case, emulated: None, monke
         assert seen == order
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     q, k, v, dout, params, extras = inputs(case)
-    out, lse = hopper.forward(q, k, v, params, extras)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
     plain = [torch.empty_like(t) for t in (q, k, v)]
-    hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras)
+    hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras, {})
     for rows, keys, _ in sequences(case, extras):
         for a, b, i in zip(want, plain, (rows, keys, keys), strict=True):
             torch.testing.assert_close(a[i], b[i], atol=0.02, rtol=0.02)
