@@ -253,6 +253,26 @@ def test_deterministic_sums_in_ascending_order(case: Case, emulated: None, monke
 
 
 @NEEDS_INTERPRETER
+@pytest.mark.parametrize("case", FIXED_ORDER, ids=str)
+def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that were never zeroed: the first key block comes before the others, and nobody looks at what none wrote."""
+    q, k, v, dout, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+    plain, stored = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
+    hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras, {})
+    monkeypatch.setitem(tuning.BACKWARD, 64, replace(tuning.BACKWARD[64], first_stores=True))
+    monkeypatch.setattr(hopper_emulator, "HANG_S", 20.0)
+    scratch = launch._scratch
+    monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
+    for resident in (1, 5):
+        monkeypatch.setattr(hopper_emulator, "resident", resident)
+        hopper.backward(dout, q, k, v, out, lse, None, *stored, params, extras, {})
+        for rows, keys, _ in sequences(case, extras):
+            for a, b, i in zip(stored, plain, (rows, keys, keys), strict=True):
+                torch.testing.assert_close(a[i], b[i], atol=0.02, rtol=0.02)
+
+
+@NEEDS_INTERPRETER
 def test_the_fixed_order_needs_the_turns(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting, CTAs that run at once add in another order: the test above can fail."""
     monkeypatch.setattr(hopper_emulator.Cta, "poll", lambda *_: None)

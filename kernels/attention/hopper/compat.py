@@ -49,11 +49,11 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
 # Turns: a count in global memory that orders additions by several CTAs. Both run in a partition of one warp.
 @gluon.jit
 def wait_turn(turn, rank):
-    """Wait until ``turn`` (int32 pointer) holds ``rank``; what its writers did before is then visible, to the copy
-    engine too."""
+    """Wait until ``turn`` (int32 pointer) holds ``rank`` or more; what its writers did before is then visible, to the
+    copy engine too."""
     gl.inline_asm_elementwise(
         "{ .reg .pred %again; .reg .s32 %seen; POLL: ld.acquire.gpu.global.s32 %seen, [$1]; "
-        "setp.ne.s32 %again, %seen, $2; @%again bra POLL; fence.proxy.async; mov.u32 $0, 0; }",
+        "setp.lt.s32 %again, %seen, $2; @%again bra POLL; fence.proxy.async; mov.u32 $0, 0; }",
         "=r,l,r",
         [turn, rank],
         dtype=gl.int32,

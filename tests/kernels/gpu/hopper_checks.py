@@ -235,7 +235,11 @@ def launch_variants() -> Iterator[Check]:
         tuning.ForwardTile(128, 128, 3, 240, own_o=True, pingpong=False),
     ):
         yield f"{tile}", lambda tile=tile: with_tile(tuning.FORWARD, 64, tile, case)
-    for backward_tile in (tuning.BackwardTile(3, 3, lookahead=False), tuning.BackwardTile(2, 2, lookahead=True)):
+    for backward_tile in (
+        tuning.BackwardTile(3, 3, lookahead=False),
+        tuning.BackwardTile(2, 2, lookahead=True),
+        tuning.BackwardTile(2, 2, lookahead=False, first_stores=True),
+    ):
         yield f"{backward_tile}", lambda tile=backward_tile: with_tile(tuning.BACKWARD, 64, tile, case)
 
 
