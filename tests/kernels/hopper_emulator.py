@@ -369,7 +369,7 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         "tma_load": tma_load, "tma_store": tma_store, "tma_reduce_add": tma_reduce_add,
         "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "fence_async_shared": lambda: None,
         "partition_barrier": lambda: None,
-        "pass_turn": pass_turn,
+        "pass_turn": pass_turn, "wait_previous_kernel": lambda: None,
         "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) >= int(rank), f"turn {int(rank)}"),
         "named_barrier_sync": lambda i, n: cta.named_barrier(i, n, True),
         "named_barrier_arrive": lambda i, n: cta.named_barrier(i, n, False),
@@ -410,7 +410,7 @@ class EmulatedKernel:
         self.module, self.name = module, name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*, num_warps: int, enable_fp_fusion: bool, **kwargs: Any) -> None:
+        def launch(*, num_warps: int, enable_fp_fusion: bool, launch_pdl: bool = False, **kwargs: Any) -> None:
             args = {key: _argument(x) for key, x in kwargs.items()}
             reductions.clear()
 

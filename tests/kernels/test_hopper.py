@@ -374,6 +374,19 @@ def test_supports(change: dict[str, Any], reason: str | None) -> None:
     assert reason is None or reason in str(answer)
 
 
+def test_overlapping_kernels_are_dense_and_launched_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels wait for their predecessors (PDL) exactly where they may start early, and varlen never does."""
+    monkeypatch.setitem(tuning.BACKWARD, 64, replace(tuning.BACKWARD[64], pdl=True))
+    for case, overlaps in ((CASES[0], True), (Case(((100, 100),), varlen=True), False)):
+        q, k, v, dout, params, extras = inputs(case)
+        lse = torch.empty(q.shape[1], q.shape[0]) if case.varlen else torch.empty(q.shape[0], q.shape[2], q.shape[1])
+        plan = launch._plan_backward(dout, q, k, v, q, lse, None, q, k, v, params, extras)
+        assert plan.postprocess is not None
+        assert [p._fixed["PDL"] for p in (plan.preprocess, plan.main, plan.postprocess)] == [overlaps] * 3
+        assert [bool(p._options.get("launch_pdl")) for p in (plan.main, plan.postprocess)] == [overlaps] * 2
+        assert "launch_pdl" not in plan.preprocess._options, "what ran before the backward has ended when it starts"
+
+
 def test_unaddressable_tensors() -> None:
     base = torch.randn(4, 40, 2, 64).to(torch.bfloat16)
     assert launch.addressable(base)

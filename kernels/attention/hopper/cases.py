@@ -96,6 +96,7 @@ def backward_source(
         "RIGHT": right,
         "FIRST_STORES": order != "free",
         "DETERMINISTIC": order == "deterministic",
+        "PDL": tile.pdl and not varlen,
     }
     absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
         {} if order != "free" else {"turns": None}
@@ -130,7 +131,7 @@ def compile_cases() -> list[CompileCase]:
             for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
                 make = _bind(backward_source, width, backward_tile, dtype, mask, varlen, order)
                 cases.append(CompileCase(name.replace("backward", f"backward_{order}"), make, 8))
-    common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True}
+    common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True, "PDL": False}
     small: dict[str, tuple[Any, dict[str, Any], int]] = {
         "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),
         "preprocess": (backward_preprocess, {**common, "BLOCK": 64, "HAS_DLSE": True}, 8),

@@ -46,6 +46,13 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
     )
 
 
+@gluon.jit
+def wait_previous_kernel():
+    """Wait until the kernel before this one in the stream has ended and its writes can be seen. Returns at once unless
+    this kernel was launched with ``launch_pdl``."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # Turns: a count in global memory that orders additions by several CTAs. Both run in a partition of one warp.
 @gluon.jit
 def wait_turn(turn, rank):

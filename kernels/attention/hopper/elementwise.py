@@ -7,6 +7,7 @@ tiles of 64 queries whose elements lie in register order; dense rows are B·H, v
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PAD = tl.constexpr(128)  # as in tiles.py
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -68,13 +69,16 @@ def backward_preprocess(
     stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh, stride_lb, stride_lh, stride_gb, stride_gh,
     seqlen_q, padded, num_heads, num_blocks,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, HAS_DLSE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums (or a zeroed turn, which says that there are
-    none yet), for BLOCK queries.
+    none yet), for BLOCK queries. PDL: the main kernel may start beside this one.
 
     The derivative of LSE with respect to S is P, so its gradient enters dS = P ∘ (dP - delta) through delta.
     Rows that saw no key, and padding rows, get LSE = +inf: their P is 0.
     """
+    if PDL:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     bh = pid // num_blocks
     m0 = (pid % num_blocks) * BLOCK
@@ -112,9 +116,11 @@ def backward_postprocess(
     stride_qb, stride_qs, stride_qh,
     seqlen_q, padded, num_heads, num_blocks,
     scale,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, VARLEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VARLEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * sums, out of register order, for 64 queries; 0 where no key block has had its turn."""
+    if PDL:  # launched while the main kernel runs
+        gdc_wait()
     pid = tl.program_id(0)
     bh = pid // num_blocks
     m0 = (pid % num_blocks) * 64

@@ -39,7 +39,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.compat import partition_barrier, pass_turn, tma_load, tma_reduce_add, tma_store, wait_turn
+from kernels.attention.hopper.compat import (
+    partition_barrier,
+    pass_turn,
+    tma_load,
+    tma_reduce_add,
+    tma_store,
+    wait_previous_kernel,
+    wait_turn,
+)
 from kernels.attention.hopper.tiles import (
     decode_tile,
     load_tile,
@@ -82,9 +90,10 @@ def backward_producer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads K and V once, then Q with LSE and dO with delta for each query block of each head of
-    the group.
+    the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
     """
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
     q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _ = bufs
@@ -104,6 +113,8 @@ def backward_producer(
         load_tile(k_desc, kv_full.index(0), k_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
         mbarrier.expect(kv_full.index(1), v_desc.block_type.nbytes)
         load_tile(v_desc, kv_full.index(1), v_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
+        if PDL:
+            wait_previous_kernel()
         step = 0
         for g in range(group):
             h = hk * group + g
@@ -401,7 +412,7 @@ def backward_kernel(
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -443,7 +454,7 @@ def backward_kernel(
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
                              VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES)),
         (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
-                             FIRST_STORES)),
+                             FIRST_STORES, PDL)),
         (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, FIRST_STORES,
                             DETERMINISTIC)),
     ], [1, 1], [24, 24])  # fmt: skip

@@ -318,6 +318,12 @@ def _scratch(call: Call, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return lse_log2, delta, torch.empty((rows * padded * call.width // 256, 256), dtype=torch.float32, device=device)
 
 
+def _overlaps(call: Call) -> bool:
+    """Whether the three kernels of a backward overlap. Not for varlen, whose list of tiles is made by a kernel between
+    the first and the second, which all warps read at once."""
+    return tuning.BACKWARD[call.width].pdl and not call.varlen
+
+
 def _turns(call: Call, device: torch.device) -> Tensor:
     """int32 [rows, padded / 64]: how many key blocks have added to each query block's sums."""
     shape = (call.scratch_rows, call.padded // tuning.BLOCK_M_BACKWARD)
@@ -369,6 +375,7 @@ def _plan_preprocess(
         "BLOCK": block,
         "VARLEN": call.varlen,
         "HAS_DLSE": dlse is not None,
+        "PDL": _overlaps(call),
     }
     return Launch(backward_preprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=8)
 
@@ -418,8 +425,9 @@ def _plan_main(
         "RIGHT": params.window_right >= 0,
         "FIRST_STORES": turns is not None,
         "DETERMINISTIC": params.deterministic,
+        "PDL": _overlaps(call),
     }
-    return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True)
+    return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True, launch_pdl=_overlaps(call))
 
 
 def _plan_postprocess(
@@ -445,5 +453,7 @@ def _plan_postprocess(
         "HEAD_DIM": call.head_dim,
         "D": call.width,
         "VARLEN": call.varlen,
+        "PDL": _overlaps(call),
     }
-    return Launch(backward_postprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=4)
+    options = {"launch_pdl": True} if _overlaps(call) else {}
+    return Launch(backward_postprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=4, **options)

@@ -239,6 +239,8 @@ def launch_variants() -> Iterator[Check]:
         tuning.BackwardTile(3, 3, lookahead=False),
         tuning.BackwardTile(2, 2, lookahead=True),
         tuning.BackwardTile(2, 2, lookahead=False, first_stores=True),
+        tuning.BackwardTile(2, 2, lookahead=False, pdl=True),
+        tuning.BackwardTile(2, 2, lookahead=False, first_stores=True, pdl=True),
     ):
         yield f"{backward_tile}", lambda tile=backward_tile: with_tile(tuning.BACKWARD, 64, tile, case)
 
