@@ -29,10 +29,11 @@ test: lint
 	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=15 $(ARGS)
 
 soak: .venv/installed
-	@FAULT_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_faults.py tests/data/test_prepare.py -k killed --timeout 3600 $(ARGS)
+	@FAULT_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_faults.py tests/data/test_prepare.py tests/data/test_tokenizer.py -k killed --timeout 3600 $(ARGS)
 
 test-gpu: .venv/installed
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+	@$(BIN)/python -m pytest -m "gpu and not alone" -n 8 $(ARGS)
+	@$(BIN)/python -m pytest -m "gpu and alone" $(ARGS)
 
 compile-check: .venv/installed
 	@$(BIN)/python scripts/compile_check.py --triton 3.6.0 3.9.0 $(ARGS)

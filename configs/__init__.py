@@ -115,17 +115,19 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     want_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
     sys.argv[1:] = overrides_last(strip_launcher_flags(sys.argv[1:]))
+    argv = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]  # a job on another machine has a command line of its own
     composed: list[Config] = []  # the task runs when Hydra is done: its errors are its own, and it may compose
     sweep_codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
-    def entry(tree: DictConfig) -> None:
+    def entry(tree: DictConfig) -> int:
         config = cast(Config, to_dataclass(tree, config_name))
         job = HydraConfig.get()
-        if job.mode == RunMode.MULTIRUN:
-            sweep_codes.append(run_sweep_job(config, list(job.overrides.task), job.job.num))
-        else:
+        if job.mode != RunMode.MULTIRUN:
             composed.append(config)
+            return 0
+        sweep_codes.append(run_sweep_job(config, argv, list(job.overrides.task), job.job.num))
+        return sweep_codes[-1]
 
     try:
         entry()
@@ -145,18 +147,18 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
         sys.exit(say(error))
 
 
-def run_sweep_job(config: schema.RunConfig, overrides: Sequence[str], number: int) -> int:
-    """Run a job of a sweep in a fresh process, in a run folder of its own; returns its exit code.
+def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequence[str], number: int) -> int:
+    """Run a job of the sweep `argv` in a fresh process, in a run folder of its own; returns its exit code.
 
     A process of its own, since a job leaves device memory, process groups and compiled code behind. Raises `UserError`
     under a launcher of several processes, whose rendezvous serves one job only.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--multirun runs under one process; for several, call torchrun once for each setting.")
-    place = sweep_folder(config, sys.argv[1:], overrides, number)
+    place = sweep_folder(config, argv[1:], overrides, number)
     kept = [given for given in overrides if not given.startswith("run_dir=")]
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-    command = [sys.executable, sys.argv[0], *kept, override("run_dir", place)]
+    command = [sys.executable, argv[0], *kept, override("run_dir", place)]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -170,14 +172,18 @@ def override(key: str, value: object) -> str:
 
 
 def sweep_folder(config: schema.RunConfig, argv: Sequence[str], overrides: Sequence[str], number: int) -> Path:
-    """`<run folder>/<number>_<what this job has of the swept keys>`; `argv` is the command line of the sweep."""
+    """`<run folder>/<number>_<what this job has of the swept keys>`; `argv` is the command line of the sweep.
+
+    Where nothing is swept (one run, given to a cluster) it is the run folder itself.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     given = OverridesParser.create().parse_overrides([a for a in argv if "=" in a and not a.startswith("-")])
     swept = {o.key_or_group for o in given if o.is_sweep_override()}
     label = "_".join(o for o in overrides if o.split("=")[0].lstrip("+") in swept)
     label = re.sub(r"[^\w.]+", "-", label)[:120]  # nothing that the shell or Hydra would read
-    return Path(config.run_dir or f"runs/{config.name}") / f"{number}_{label}"
+    place = Path(config.run_dir or f"runs/{config.name}")
+    return place / f"{number}_{label}" if swept else place
 
 
 def say(error: UserError) -> int:

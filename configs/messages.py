@@ -55,6 +55,8 @@ def _closest(word: str, words: list[str]) -> str:
 
 
 def _missing_option(text: str, folder: Path) -> str | None:
+    if re.search(r"Could not (?:find|load) 'hydra/launcher/submitit_slurm'", text):
+        return "hydra/launcher=slurm needs the package hydra-submitit-launcher: pip install -e '.[slurm]'"
     match = re.search(r"Could not (?:find|load) '([\w-]+)/([^']+)'", text)
     if not match or not (folder / match[1]).is_dir():
         return None

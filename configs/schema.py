@@ -60,6 +60,13 @@ class Source(StrEnum):
     parquet = "parquet"
 
 
+class Packing(StrEnum):
+    """How documents become samples of `model.sequence_length` tokens."""
+
+    concatenate = "concatenate"
+    best_fit = "best_fit"
+
+
 class Schedule(StrEnum):
     """Shape of the learning rate after the warm-up."""
 
@@ -174,6 +181,9 @@ class ModelConfig:
     sqrt(2·num_layers)."""
     fused: Toggle = Toggle.auto
     """Our Triton kernel for the softmax of the loss. auto: on CUDA. off: PyTorch operations, as on a CPU."""
+    fused_norms: Toggle = Toggle.off
+    """Our Triton kernels for a block's norms with the residual sums around them. auto: on CUDA. off: PyTorch
+    operations, which `engine.compile` fuses in part."""
 
 
 @dataclass
@@ -238,6 +248,10 @@ class DataConfig:
     """Processes that tokenise. 0: one a core."""
     shuffle: bool = True
     """Shuffle the samples of each epoch. False: in corpus order."""
+    packing: Packing = Packing.concatenate
+    """concatenate: end to end, cut every `model.sequence_length` tokens. best_fit: only longer documents are cut, and
+    what no document fills of a sample is padding that doesn't count; it is computed at each start, 32 bytes a
+    document."""
     document_mask: bool = False
     """Tokens see only their own document (`cu_seqlens` to the kernels). False: packed documents see each
     other."""
@@ -310,7 +324,7 @@ class TrainConfig:
     """A NaN or infinite loss or gradient stops the run, or skips that step's update."""
     profile_steps: int = 0
     """Profile this many steps, some time after the tenth (in a shorter run: its last ones), and write where their time
-    goes into the run folder: waterfall.json and .png. 0: off."""
+    goes into the run folder: waterfall.json and .png, of several ranks ranks.png. 0: off."""
 
 
 @dataclass
@@ -333,10 +347,17 @@ class EngineConfig:
     """Elements a communication bucket at stages 1 to 3."""
     overlap_comm: bool = True
     """Overlap gradient communication with the backward pass at stages 1 to 3."""
+    sequence_parallel_size: int = 1
+    """Neighbouring ranks that share the tokens of each sample, exchanging heads around attention (DeepSpeed-Ulysses),
+    for sequences whose activations don't fit one device. Must divide the ranks, `model.sequence_length` and
+    `model.num_heads`. 1: off."""
     recompute: Recompute = Recompute.none
     """Activation checkpointing."""
     compile: Toggle = Toggle.auto
-    """`torch.compile` of each block. auto: on CUDA at stages 0 to 2."""
+    """`torch.compile` of each block. auto: on CUDA."""
+    fuse_weight_gradients: Toggle = Toggle.auto
+    """Add weight gradients to the fp32 sums over micro-batches inside the products that make them, unrounded. auto: in
+    bf16 at stages 0 and 1, with fp32_accumulation and without offload. off: round them to bf16 and add them apart."""
     timeout_minutes: float = 10.0
     """A collective that takes longer than this fails."""
 
@@ -434,6 +455,12 @@ class ScalingConfig:
     """Optimizer steps each; the first third is warm-up and not measured."""
     strong: bool = False
     """Keep the global batch (strong scaling). False: keep the batch of a rank (weak scaling)."""
+    forecast: list[int] = field(default_factory=list)
+    """Larger numbers of processes to predict, not run: nodes like this host, of as many processes as the largest trial.
+    Needs a trial on one process. Empty: none."""
+    network_gb_per_s: float | None = None
+    """For `forecast`: 10^9 bytes/s that each process sends to another node while it receives as much. None: as fast
+    as inside this host."""
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """From token shards to batches on the device.
 
 The position in the data is one integer, the samples consumed by all ranks together. `data.order` says which tokens the
-sample at a position takes; a global batch is `global_batch_size` positions in a row, and rank r of W takes the r-th of
-W equal parts of it. Nothing depends on what was loaded before, so that a resumed run, on any number of ranks, sees the
-batches that an uninterrupted one would have seen.
+sample at a position takes (with `data.packing=best_fit`, which row of documents); a global batch is `global_batch_size`
+positions in a row, and rank r of W takes the r-th of W equal parts of it. Nothing depends on what was loaded before, so
+that a resumed run, on any number of ranks, sees the batches that an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from configs.schema import Packing as PackingKind
 from data.errors import DataError
 from data.mixture import MixedDataset
-from data.order import MixtureOrder, SampleOrder
+from data.order import MixtureOrder, RowOrder, SampleOrder
+from data.packing import Packing, pack_dataset
 from data.shards import TokenDataset
 
 IGNORED = -100
@@ -75,6 +77,7 @@ class TokenLoader:
         world_size: int = 1,
         seed: int,
         shuffle: bool = True,
+        packing: PackingKind = PackingKind.concatenate,
         document_mask: bool = False,
         prefetch: int = 4,
         device: torch.device | str = "cpu",
@@ -85,7 +88,12 @@ class TokenLoader:
                 f"train.global_batch_size={global_batch_size} is not a multiple of {world_size} ranks × "
                 f"train.micro_batch_size={micro_batch_size}."
             )
-        self.order = sample_order(dataset, sequence_length, seed, shuffle)
+        self.packing: Packing | None = None
+        self.order: SampleOrder | RowOrder | MixtureOrder
+        if packing is PackingKind.best_fit:
+            self.packing, self.order = packed_order(dataset, sequence_length, seed, shuffle)
+        else:
+            self.order = sample_order(dataset, sequence_length, seed, shuffle)
         if self.order.samples_per_epoch == 0:
             raise DataError(
                 f"The training split has {dataset.num_tokens} tokens, fewer than one sample of "
@@ -137,14 +145,22 @@ class TokenLoader:
             stream.close()
 
     def _global_batch(self, micro_batches: list[MicroBatch], position: int, wait_s: float) -> GlobalBatch:
-        # Every position of the stream has a target, so that the count is known without asking the other ranks.
-        return GlobalBatch(micro_batches, self.global_batch_size * self.sequence_length, position, wait_s)
+        valid_tokens = self._valid_tokens(position - self.global_batch_size)
+        return GlobalBatch(micro_batches, valid_tokens, position, wait_s)
+
+    def _valid_tokens(self, position: int) -> int:
+        """Targets of the global batch at `position`: known without asking the other ranks."""
+        if self.packing is None:  # every position of the stream has one
+            return self.global_batch_size * self.sequence_length
+        return int(self.packing.row_tokens[self.order.starts(position, self.global_batch_size)].sum())
 
     def _load(self, position: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch at `position`, in host memory."""
         share = self.global_batch_size // self.world_size
         starts = self.order.starts(position + self.rank * share, share)  # (share,)
         groups = starts.reshape(-1, self.micro_batch_size)  # (accumulation, b)
+        if self.packing is not None:
+            return [make_packed_micro_batch(self.dataset, self.packing, group, self.document_mask) for group in groups]
         return [make_micro_batch(self.dataset, group, self.sequence_length, self.document_mask) for group in groups]
 
 
@@ -153,6 +169,16 @@ def sample_order(dataset: TokenDataset, sequence_length: int, seed: int, shuffle
     if isinstance(dataset, MixedDataset):
         return dataset.order(sequence_length, seed, shuffle)
     return SampleOrder(dataset.num_tokens, sequence_length, seed, shuffle)
+
+
+def packed_order(
+    dataset: TokenDataset, sequence_length: int, seed: int, shuffle: bool
+) -> tuple[Packing, RowOrder | MixtureOrder]:
+    """The rows of a dataset and their order."""
+    if isinstance(dataset, MixedDataset):
+        return dataset.packed(sequence_length, seed, shuffle)
+    packing = pack_dataset(dataset, sequence_length)
+    return packing, RowOrder(packing.num_rows, seed, shuffle)
 
 
 class _Prefetcher:
@@ -247,6 +273,31 @@ def make_micro_batch(
         return MicroBatch(tokens, targets, None, None)
     bounds = document_bounds(dataset, starts, np.full(len(starts), sequence_length), sequence_length)
     return MicroBatch(tokens, targets, torch.from_numpy(bounds), int(np.diff(bounds).max()))
+
+
+def make_packed_micro_batch(
+    dataset: TokenDataset, packing: Packing, rows: npt.NDArray[np.int64], document_mask: bool
+) -> MicroBatch:
+    """The packed rows `rows` (b,), in host memory. Padding is token 0 with target -100, a document of its own."""
+    S = packing.sequence_length
+    tokens = np.zeros((len(rows), S), np.int64)
+    targets = np.full((len(rows), S), IGNORED, np.int64)
+    bounds = [0]
+    for index, row in enumerate(rows.tolist()):
+        filled = 0
+        for start, length in zip(*packing.pieces(row), strict=True):
+            end = filled + length
+            stream = dataset.read(np.array([start]), length + 1)[0]  # (length + 1,)
+            tokens[index, filled:end], targets[index, filled:end] = stream[:-1], stream[1:]
+            bounds.append(index * S + end)
+            filled = end
+        if filled < S:
+            bounds.append((index + 1) * S)
+    batch = MicroBatch(torch.from_numpy(tokens), torch.from_numpy(targets), None, None)
+    if not document_mask:
+        return batch
+    cu_seqlens = np.array(bounds, np.int32)  # (n + 1,)
+    return MicroBatch(batch.tokens, batch.targets, torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()))
 
 
 def document_bounds(

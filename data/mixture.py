@@ -15,7 +15,8 @@ from pathlib import Path
 
 from configs.schema import DataConfig, Source
 from data.errors import DataError
-from data.order import BLOCK, MixtureOrder, SampleOrder, quotas
+from data.order import BLOCK, MixtureOrder, RowOrder, SampleOrder, quotas
+from data.packing import Packing, join, pack_dataset
 from data.shards import SplitInfo, TokenDataset
 
 
@@ -45,6 +46,15 @@ class MixedDataset(TokenDataset):
                     f"model.sequence_length={sequence_length} + 1. Give it more text, or leave it out."
                 )
         return MixtureOrder(tuple(orders), self.quotas, seed)
+
+    def packed(self, sequence_length: int, seed: int, shuffle: bool) -> tuple[Packing, MixtureOrder]:
+        """The rows of all sources, none of which holds tokens of two, and their order."""
+        packings = [pack_dataset(part, sequence_length) for part in self.parts]
+        for name, packing in zip(self.names, packings, strict=True):
+            if packing.num_rows == 0:
+                raise DataError(f"Source {name} of data.mixture has no training tokens. Give it text, or leave it out.")
+        orders = tuple(RowOrder(packing.num_rows, seed, shuffle) for packing in packings)
+        return join(packings, [part.num_tokens for part in self.parts]), MixtureOrder(orders, self.quotas, seed)
 
 
 def source_configs(config: DataConfig, tokenizer: str) -> list[DataConfig]:

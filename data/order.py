@@ -12,11 +12,13 @@ A mixture of K sources deals its positions out in blocks of M = 4096: in each bl
 chooses. Source k hands its own samples out in its own order, over its own epochs, one at each of its positions. After
 any number of whole blocks the tokens of a source are exact; within a block they differ from the share by as much as a
 draw without replacement does.
+
+Where documents are packed (`data.packing`), a sample is a row: `RowOrder` gives its number instead of its first token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -88,24 +90,67 @@ class SampleOrder:
         """Samples an epoch, n."""
         return max(self.num_tokens - 1, 0) // self.sequence_length
 
+    @property
+    def extent(self) -> int:
+        """`starts` are below this."""
+        return self.num_tokens
+
     def starts(self, position: int, count: int) -> npt.NDArray[np.int64]:
         """(count,) first tokens of the samples at `position`, `position` + 1, ...; epochs follow each other."""
-        found = []
-        while count:
-            epoch, first = divmod(position, self.samples_per_epoch)
-            here = min(count, self.samples_per_epoch - first)
-            found.append(self._epoch_starts(epoch, first, here))
-            position, count = position + here, count - here
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        return _over_epochs(self._epoch_starts, self.samples_per_epoch, position, count)
 
     def _epoch_starts(self, epoch: int, first: int, count: int) -> npt.NDArray[np.int64]:
         indices = np.arange(first, first + count)
         if not self.shuffle:
             return indices * self.sequence_length
-        key = mix(mix(self.seed & _MASK) ^ epoch)
+        key = _epoch_key(self.seed, epoch)
         tail = self.num_tokens - 1 - self.samples_per_epoch * self.sequence_length
         offset = mix(key) % (tail + 1)
         return permute(indices, self.samples_per_epoch, key) * self.sequence_length + offset
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Which row of a packed corpus is the sample at a position."""
+
+    num_rows: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Every row once."""
+        return self.num_rows
+
+    @property
+    def extent(self) -> int:
+        """`starts` are below this."""
+        return self.num_rows
+
+    def starts(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        """(count,) rows of the samples at `position`, `position` + 1, ...; epochs follow each other."""
+        return _over_epochs(self._epoch_rows, self.num_rows, position, count)
+
+    def _epoch_rows(self, epoch: int, first: int, count: int) -> npt.NDArray[np.int64]:
+        indices = np.arange(first, first + count)
+        return permute(indices, self.num_rows, _epoch_key(self.seed, epoch)) if self.shuffle else indices
+
+
+def _over_epochs(
+    of_epoch: Callable[[int, int, int], npt.NDArray[np.int64]], samples_per_epoch: int, position: int, count: int
+) -> npt.NDArray[np.int64]:
+    """(count,) what `of_epoch` (epoch, first, count) gives for the samples at `position` and after it."""
+    found = []
+    while count:
+        epoch, first = divmod(position, samples_per_epoch)
+        here = min(count, samples_per_epoch - first)
+        found.append(of_epoch(epoch, first, here))
+        position, count = position + here, count - here
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def _epoch_key(seed: int, epoch: int) -> int:
+    return mix(mix(seed & _MASK) ^ epoch)
 
 
 def quotas(weights: Sequence[float], total: int = BLOCK) -> tuple[int, ...]:
@@ -120,9 +165,12 @@ def quotas(weights: Sequence[float], total: int = BLOCK) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """Which tokens the sample at a position of a mixture takes, as positions in its sources' tokens laid end to end."""
+    """Which tokens the sample at a position of a mixture takes, as positions in its sources' tokens laid end to end.
 
-    orders: tuple[SampleOrder, ...]
+    Of packed sources, which row, their rows laid end to end.
+    """
+
+    orders: tuple[SampleOrder | RowOrder, ...]
     """One a source; none of them is empty."""
     quotas: tuple[int, ...]
     """Positions of each source in a block; they add up to `BLOCK`."""
@@ -135,7 +183,7 @@ class MixtureOrder:
 
     def starts(self, position: int, count: int) -> npt.NDArray[np.int64]:
         """(count,) first tokens of the samples at `position`, `position` + 1, ..."""
-        bases = [0, *accumulate(order.num_tokens for order in self.orders)]
+        bases = [0, *accumulate(order.extent for order in self.orders)]
         starts = np.empty(count, np.int64)
         done = 0
         while done < count:

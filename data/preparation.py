@@ -320,8 +320,15 @@ def _make_tokenizer(plans: Sequence[_Plan], path: Path, report: ProgressCallback
         tokenizer, separator = fetch_tokenizer(config.tokenizer, plans[0].cache)
     info = inspect_tokenizer(tokenizer, separator)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
     write_synced(path.with_name("separator.json"), json.dumps({"eos_token": info.eos_token}).encode())
     save_tokenizer(tokenizer, path)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Deletes what a process that was killed while writing has left; called by the holder of the lock."""
+    for path in folder.glob("*.tmp"):
+        path.unlink()
 
 
 def _open_tokenizer(path: Path) -> TokenizerInfo:
@@ -439,8 +446,7 @@ def _build(plan: _Plan, folder: Path, report: ProgressCallback) -> None:
 
 def _publish(partial: Path, folder: Path) -> None:
     """Makes the finished corpus appear under its name."""
-    for path in partial.glob("*.tmp"):  # of a process that was killed while writing
-        path.unlink()
+    _remove_leftovers(partial)
     with open(partial / TOKENIZER, "rb") as file:
         os.fsync(file.fileno())
     sync_folder(partial)

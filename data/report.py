@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data.packing import Packing, concatenation_cuts
 from data.shards import TokenDataset
 
 MOST_DOCUMENTS = 5_000_000
@@ -21,6 +22,16 @@ def duplicates(dataset: TokenDataset) -> tuple[int, int]:
     for index, tokens in enumerate(dataset.documents(0, looked_at)):
         hashes[index] = int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
     return looked_at - len(np.unique(hashes)), looked_at
+
+
+def describe_packing(packing: Packing, dataset: TokenDataset) -> str:
+    """What best fit packing costs, its padding, and what it is for, documents that stay whole."""
+    count = max(dataset.num_documents, 1)
+    others = concatenation_cuts(dataset.document_lengths(), packing.sequence_length)
+    return (
+        f"best fit in {packing.num_rows:,} samples of {packing.sequence_length:,} tokens: {packing.padding:.2%} "
+        f"padding, {packing.cut_documents / count:.2%} of documents cut (concatenated: {others / count:.2%})"
+    )
 
 
 def plot_lengths(lengths: Mapping[str, npt.NDArray[np.int64]], path: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -251,6 +252,7 @@ class TokenDataset:
         info = self.info
         self.num_tokens, self.num_documents, self.num_bytes = info.num_tokens, info.num_documents, info.num_bytes
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in info.shards)])  # (shards + 1,) first token of each
+        self._firsts: list[int] = self._starts.tolist()
 
     def extend(self, other: TokenDataset) -> None:
         """Lays the tokens of `other`, of the same dtype, behind those that are here. Copies nothing."""
@@ -269,11 +271,11 @@ class TokenDataset:
     def read(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
         """(n, length) token ids in the dtype of the shards: row i is the stream from `starts[i]` on."""
         rows = np.empty((len(starts), length), self.dtype)
-        shards = np.searchsorted(self._starts, starts, side="right") - 1
-        for row, start, shard in zip(rows, starts.tolist(), shards.tolist(), strict=True):
-            done = 0
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            shard, done = bisect_right(self._firsts, start) - 1, 0
             while done < length:
-                part = self._tokens[shard][start + done - self._starts[shard] :][: length - done]
+                begin = start + done - self._firsts[shard]
+                part = self._tokens[shard][begin : begin + length - done]
                 row[done : done + len(part)] = part
                 done += len(part)
                 shard += 1

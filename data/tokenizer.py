@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.errors import DataError
-from data.sources.hub import hub_errors, probe_hub
+from data.sources.hub import hub_errors, probe_hub, within_time
 
 END_OF_TEXT = "<|endoftext|>"
 _KNOWN_SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
@@ -126,9 +126,9 @@ def _download(name: str, file: str, cache_dir: Path) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     what = f"data.tokenizer={name} ({file})"
+    probe_hub(what, f"models/{name}")
     with hub_errors(what):
-        probe_hub(what)
-        return Path(hf_hub_download(name, file, cache_dir=folder))
+        return Path(within_time(what, lambda: hf_hub_download(name, file, cache_dir=folder)))
 
 
 def _named_separator(config: Path) -> str | None:

@@ -31,6 +31,7 @@ from kernels.attention.flash1 import MAX_HEAD_DIM as FLASH1_MAX_HEAD_DIM
 from model.dimensions import Dimensions
 from model.init import Linear, residual_std
 from model.layers import document_ids, rotate
+from model.sequence import SequenceGroup, heads_on_rank, to_heads, to_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,13 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None = None
     """cos and sin, see `layers.rotary_tables`; None without rotary positions."""
     alibi: Tensor | None = None
-    """ALiBi slopes (H,) fp32; None without ALiBi."""
+    """ALiBi slopes (H,) fp32, in sequence parallel those of this rank's heads (H/P,); None without ALiBi."""
     cu_seqlens: Tensor | None = None
     """Document starts (n+1,) int32 in the flattened B·S tokens; every sample starts one. None: no documents."""
     max_seqlen: int = 0
     """Upper bound of a document's length; 0 without documents."""
+    sequence: SequenceGroup | None = None
+    """The ranks that share each sample's tokens; None: this one has them all. `rotary` is of its own tokens."""
 
 
 class Scores(NamedTuple):
@@ -261,8 +264,25 @@ IMPLEMENTATIONS: dict[Attention, Callable[[Tensor, Tensor, Tensor, Scores, Conte
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> Tensor:
-    """Causal attention of q (B, S, H, D) over k and v (B, S, K, D), by `context.attention`; (B, S, H, D)."""
-    return IMPLEMENTATIONS[context.attention](q, k, v, scores, context)
+    """Causal attention of q (B, S, H, D) over k and v (B, S, K, D), by `context.attention`; (B, S, H, D).
+
+    In sequence parallel S/P tokens of a sample come in and go out, and all S are attended to.
+    """
+    implementation, group = IMPLEMENTATIONS[context.attention], context.sequence
+    if group is None:
+        return implementation(q, k, v, scores, context)
+    sizes = [heads_on_rank(t.shape[2], group.size) for t in (q, k, v)]
+    q, k, v = to_heads((q, k, v), group).split(sizes, dim=2)  # (B, S, H/P or K/P, D)
+    return to_tokens(implementation(q, k, v, scores, context), group)  # (B, S/P, H, D)
+
+
+def attend_packed(qkv: Tensor, scores: Scores, context: Context) -> Tensor:
+    """`attend` with `flash_packed`: (B, S, 3, H, D) to (B, S, H, D)."""
+    group = context.sequence
+    if group is None:
+        return flash_packed(qkv, scores, context)
+    packed = to_heads(qkv.unbind(2), group).unflatten(2, (3, -1))  # (B, S, 3, H/P, D)
+    return to_tokens(flash_packed(packed, scores, context), group)  # (B, S/P, H, D)
 
 
 class SelfAttention(nn.Module):
@@ -284,7 +304,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x)  # (B, S, (H+2K)·D)
         scores = Scores(self.window, self.softcap, self.dropout if self.training else 0.0)
         if self.packs(context):
-            out = flash_packed(qkv.unflatten(-1, (3, self.sizes.num_heads, -1)), scores, context)  # (B, S, H, D)
+            out = attend_packed(qkv.unflatten(-1, (3, self.sizes.num_heads, -1)), scores, context)  # (B, S, H, D)
         else:
             out = attend(*self.split(qkv, context), scores, context)  # (B, S, H, D)
         projected: Tensor = self.proj(out.flatten(2))  # (B, S, H·D) to (B, S, E)

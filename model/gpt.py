@@ -21,6 +21,8 @@ from model.dimensions import resolve_dimensions
 from model.init import Embedding, Linear, initialise
 from model.layers import MLP, alibi_slopes, build_norm, rotary_tables, token_positions
 from model.loss import Head
+from model.residual_norm import ResidualNorm
+from model.sequence import SequenceGroup, own_part
 
 __all__ = ["GPT", "Block", "build_model", "check"]
 
@@ -31,15 +33,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         sizes = resolve_dimensions(config)
-        self.attention_norm = build_norm(config, sizes.width)
+        self.attention_norm = ResidualNorm(config, sizes.width)
         self.attention = SelfAttention(config, sizes)
-        self.mlp_norm = build_norm(config, sizes.width)
+        self.mlp_norm = ResidualNorm(config, sizes.width)
         self.mlp = MLP(config, sizes)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x, normed = self.attention_norm(x)
+        x, normed = self.mlp_norm(x, self.dropout(self.attention(normed, context)))
+        out: Tensor = x + self.dropout(self.mlp(normed))
+        return out
 
 
 class GPT(nn.Module):
@@ -50,6 +54,7 @@ class GPT(nn.Module):
         self.config = config
         self.sizes = sizes = resolve_dimensions(config)
         self.recompute = False
+        self.sequence: SequenceGroup | None = None
         std = config.init_std
         self.embedding = Embedding(sizes.padded_vocab_size, sizes.width, std=std, num_used=sizes.vocab_size)
         learned = config.position is Position.learned
@@ -77,19 +82,29 @@ class GPT(nn.Module):
 
         Returns logits (B, S, V) fp32, with `last_only` those of the last token (B, 1, V); or with targets fp32
         (2,): the cross-entropy in nats summed over the counted tokens, and the sum of the z-loss times its weight.
+
+        In sequence parallel (`set_sequence_group`) every rank of the group gets the same whole samples; each works on
+        S/P of their tokens and returns its own tokens' sums. Without targets each computes all logits by itself.
         """
-        context = self.context(tokens, cu_seqlens, max_seqlen)
-        x = self.embedding(tokens)  # (B, S, E)
+        group = self.sequence if targets is not None else None
+        context = self.context(tokens, cu_seqlens, max_seqlen, group)
+        x = self.embedding(own_part(tokens, group))  # (B, S or S/P, E)
         if self.position is not None:
-            x = x + self.position(token_positions(tokens, cu_seqlens))
+            x = x + self.position(own_part(token_positions(tokens, cu_seqlens), group, dim=-1))
         x = self.dropout(x)
         for block in self.blocks:
             x = self.run_block(block, x, context)
         x = self.norm(x[:, -1:] if last_only else x)
-        out: Tensor = self.head(x, targets)
+        out: Tensor = self.head(x, targets if targets is None else own_part(targets, group))
         return out
 
-    def context(self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Context:
+    def context(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        group: SequenceGroup | None = None,
+    ) -> Context:
         """What all blocks share: the attention implementation, positions, documents."""
         config, length = self.config, tokens.shape[1]
         if config.position is Position.learned and length > self.sizes.sequence_length:
@@ -99,13 +114,13 @@ class GPT(nn.Module):
             )
         rotary, alibi = None, None
         if config.position is Position.rope:
-            positions = token_positions(tokens, cu_seqlens)
+            positions = own_part(token_positions(tokens, cu_seqlens), group, dim=-1)
             rotary = rotary_tables(positions, self.sizes.head_dim, config.rope_theta)
         if config.position is Position.alibi:
-            alibi = alibi_slopes(self.sizes.num_heads, tokens.device)
+            alibi = own_part(alibi_slopes(self.sizes.num_heads, tokens.device), group, dim=0)
         longest = 0 if cu_seqlens is None else max_seqlen or length
         attention = resolve_attention(config, tokens.device, self.compute_dtype(tokens.device))
-        return Context(attention, rotary, alibi, cu_seqlens, longest)
+        return Context(attention, rotary, alibi, cu_seqlens, longest, group)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of queries and keys: autocast's where it is on, else the weights'."""
@@ -135,10 +150,18 @@ class GPT(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.recompute = recompute
 
+    def set_sequence_group(self, group: SequenceGroup | None) -> None:
+        """Share the tokens of each sample with the ranks of a group when computing losses."""
+        self.sequence = group
+
     def compile_blocks(self) -> None:
-        """Compile each block by itself: equal blocks share one compilation, and the names of parameters stay."""
+        """Compile each block by itself: equal blocks share one compilation, and the names of parameters stay.
+
+        Only `forward` is compiled, not the call around it, which runs the hooks by which ZeRO-3 gathers and frees the
+        block's parameters: Dynamo would guard on what they change, and compile anew at each block and step.
+        """
         for block in self.blocks:
-            block.compile()
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
     def decay_groups(self) -> list[tuple[str, list[nn.Parameter]]]:
         """`decay`: the matrices of linear layers, embeddings and head; `no_decay`: norms and biases.

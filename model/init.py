@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.weight_gradient import SumsGradients, summed_linear
+
 
 def residual_std(std: float, num_layers: int) -> float:
     """Standard deviation of the 2·`num_layers` projections into the residual stream."""
@@ -28,7 +30,7 @@ def init_table(weight: Tensor, std: float, num_used: int) -> None:
     nn.init.zeros_(weight[num_used:])
 
 
-class Linear(nn.Linear):
+class Linear(SumsGradients, nn.Linear):
     """A linear layer that draws its weights with standard deviation `std`; its bias starts at zero."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, std: float) -> None:
@@ -39,6 +41,11 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight_sum is None:
+            return super().forward(x)
+        return summed_linear(x, self.weight, self.bias, self.weight_sum, self.bias_sum)
 
 
 class Embedding(nn.Embedding):

@@ -30,6 +30,7 @@ from configs.errors import UserError
 from configs.schema import ModelConfig, Toggle
 from model.dimensions import Dimensions, round_up
 from model.init import init_table
+from model.weight_gradient import SumsGradients, add_weight_gradient_
 
 IGNORE = -100
 """Target of a token that is not counted."""
@@ -52,7 +53,7 @@ class LossOptions(NamedTuple):
     """The Triton kernel instead of PyTorch operations."""
 
 
-class Head(nn.Module):
+class Head(SumsGradients, nn.Module):
     """Hidden state to logits or loss. Owns its weight (padded V, E), or shares the embedding's."""
 
     def __init__(self, config: ModelConfig, sizes: Dimensions, tied: nn.Parameter | None) -> None:
@@ -74,7 +75,7 @@ class Head(nn.Module):
             logits = nn.functional.linear(hidden, self.weight)[..., : self.num_used].float()  # (B, S, V)
             return self.softcap * torch.tanh(logits / self.softcap) if self.softcap > 0 else logits
         options = LossOptions(self.num_used, self.softcap, self.z_loss, resolve_fused(self.fused, hidden.device))
-        return linear_cross_entropy(hidden, self.weight, targets, options)
+        return linear_cross_entropy(hidden, self.weight, targets, options, self.weight_sum)
 
 
 def resolve_fused(fused: Toggle, device: torch.device) -> bool:
@@ -86,10 +87,13 @@ def resolve_fused(fused: Toggle, device: torch.device) -> bool:
     return fused is Toggle.on or (fused is Toggle.auto and device.type == "cuda")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, weight_sum: Tensor | None = None
+) -> Tensor:
     """Sums over the counted tokens: fp32 (2,), [cross-entropy in nats, z-loss times its weight].
 
-    hidden (..., E); weight (padded V, E), same dtype; targets (...) int64, `IGNORE` where not counted.
+    hidden (..., E); weight (padded V, E), same dtype; targets (...) int64, `IGNORE` where not counted. The weight's
+    gradient is added to `weight_sum` (padded V, E), fp32, if given, and not handed to autograd.
 
     The gradient of both sums flows through the first entry, the second is for the log; so the loss to minimise
     is `sums.sum()`, or equally its first entry's graph. It can't be differentiated twice.
@@ -97,7 +101,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, option
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    sums: Tensor = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), options)
+    sums: Tensor = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), options, weight_sum)
     return sums
 
 
@@ -105,7 +109,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """hidden (N, E), weight (padded V, E), targets (N,) to sums (2,); gradients made in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, weight_sum: Tensor | None
+    ) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -116,21 +122,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[part])  # logits hold their own gradient now
             if d_weight is not None:
-                accumulate_product_(d_weight, logits, hidden[part])
+                add_weight_gradient_(d_weight, logits, hidden[part])
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.weight_sum = weight.dtype, weight_sum
         return sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_sums[:1]  # 1-dimensional, so that the product below is fp32 and rounded once
         if d_hidden is not None:
             d_hidden = torch.mul(d_hidden, scale, out=torch.empty_like(d_hidden))
-        if d_weight is not None:
+        if d_weight is not None and ctx.weight_sum is not None:
+            ctx.weight_sum.addcmul_(d_weight, scale)
+            d_weight = None
+        elif d_weight is not None:
             d_weight = torch.mul(d_weight, scale, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def chunks(num_tokens: int, num_columns: int, device: torch.device) -> list[slice]:
@@ -141,16 +150,6 @@ def chunks(num_tokens: int, num_columns: int, device: torch.device) -> list[slic
     count = max(1, -(-num_tokens // most))
     size = max(1, round_up(-(-num_tokens // count), tile))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
-
-
-def accumulate_product_(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total (padded V, E) fp32 += d_logits^T (padded V, n) · hidden (n, E), summed inside the product on CUDA."""
-    if hidden.dtype is torch.float32:
-        torch.addmm(total, d_logits.t(), hidden, out=total)
-    elif hidden.device.type == "cuda":
-        torch.addmm(total, d_logits.t(), hidden, out_dtype=torch.float32, out=total)
-    else:
-        total += d_logits.t() @ hidden
 
 
 def chunk_loss_(logits: Tensor, targets: Tensor, options: LossOptions, want_gradient: bool) -> Tensor:

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from configs import launch
 from configs.schema import RunConfig
-from data.loader import TokenLoader
+from data.loader import IGNORED, TokenLoader
 from data.preparation import PreparedData, load_tokenizer, prepare
 from data.progress import show_progress
 from data.report import duplicates, plot_lengths
-from scripts.prepare_data import summary
+from scripts.prepare_data import packing_lines, summary
 
 SAMPLES = 2
 SAMPLE_CHARS = 700
@@ -46,8 +46,11 @@ def main(config: RunConfig) -> int:
     console.print(
         f"Duplicates        {repeated / looked_at:.2%} of {looked_at:,} documents repeat an earlier one exactly"
     )
-    console.print(f"Samples an epoch  {(prepared.train.num_tokens - 1) // config.model.sequence_length:,}")
-    show_samples(prepared, config, console)
+    loader = sample_loader(prepared, config)
+    console.print(f"Samples an epoch  {loader.samples_per_epoch:,}")
+    for line in packing_lines(prepared, config):
+        console.print(line)
+    show_samples(loader, prepared, console)
     picture = prepared.folder / "document_lengths.png"
     by_split = {f"{part.name} train".strip(): part.train.document_lengths() for part in prepared.parts}
     by_split |= {f"{part.name} validation".strip(): part.validation.document_lengths() for part in prepared.parts}
@@ -56,21 +59,27 @@ def main(config: RunConfig) -> int:
     return 0
 
 
-def show_samples(prepared: PreparedData, config: RunConfig, console: Console) -> None:
-    """The first samples of training, decoded; `¶` marks where a document begins."""
-    loader = TokenLoader(
+def sample_loader(prepared: PreparedData, config: RunConfig) -> TokenLoader:
+    """The loader of training, for a few samples."""
+    return TokenLoader(
         prepared.train,
         sequence_length=config.model.sequence_length,
         global_batch_size=SAMPLES,
         micro_batch_size=SAMPLES,
         seed=config.seed,
         shuffle=config.data.shuffle,
+        packing=config.data.packing,
         prefetch=0,
     )
+
+
+def show_samples(loader: TokenLoader, prepared: PreparedData, console: Console) -> None:
+    """The first samples of training, decoded, without padding; `¶` marks where a document begins."""
     tokenizer = load_tokenizer(prepared)
     batch = next(loader.batches()).micro_batches[0]
-    for number, tokens in enumerate(batch.tokens.tolist()):
-        text = tokenizer.decode(tokens, skip_special_tokens=False).replace(prepared.manifest.eos_token, "¶")
+    for number, (tokens, targets) in enumerate(zip(batch.tokens, batch.targets, strict=True)):
+        kept = tokens[targets != IGNORED].tolist()
+        text = tokenizer.decode(kept, skip_special_tokens=False).replace(prepared.manifest.eos_token, "¶")
         console.print(f"\n--- sample {number} ---\n{text[:SAMPLE_CHARS]}{' ...' if len(text) > SAMPLE_CHARS else ''}")
 
 

@@ -10,6 +10,7 @@ used as it is; what was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import launch
-from configs.schema import RunConfig
+from configs.schema import Packing, RunConfig
+from data.packing import pack_dataset
 from data.preparation import PreparedData, prepare
 from data.progress import show_progress
+from data.report import describe_packing
 from data.shards import SPLITS
 
 
@@ -31,11 +34,20 @@ def main(config: RunConfig) -> int:
     with show_progress() as progress:
         prepared = prepare(config.data, progress)
     console.print(summary(prepared))
+    for line in packing_lines(prepared, config):
+        console.print(line)
     for part in prepared.parts:
         console.print(f"Corpus     {part.folder}")
     console.print(f"Tokenizer  {prepared.tokenizer_path} ({prepared.vocab_size:,} tokens)")
     console.print("Next       python train.py with the same data keys; scripts/inspect_data.py shows what is in it.")
     return 0
+
+
+def packing_lines(prepared: PreparedData, config: RunConfig) -> Iterator[str]:
+    """With `data.packing=best_fit` its waste at `model.sequence_length`, of each source of a mixture."""
+    for part in prepared.parts if config.data.packing is Packing.best_fit else ():
+        packing = pack_dataset(part.train, config.model.sequence_length)
+        yield f"Packing    {f'{part.name} train'.strip()}: {describe_packing(packing, part.train)}"
 
 
 def summary(prepared: PreparedData) -> Table:

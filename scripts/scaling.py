@@ -6,13 +6,16 @@
 Weak scaling keeps the batch of a rank (the global batch grows with the ranks); `scaling.strong=true` keeps the global
 batch. Efficiency is tokens/s per process relative to the first number of processes with the same engine. Each trial
 runs in fresh processes. Leaves `scaling.json` and `scaling.png` in the run folder, beside a folder for each trial.
+
+Beside each measurement stands what `training.forecast` makes of the trial on one process and of the links, which are
+measured too. `scaling.forecast=[64,256,1024]` adds rows that are predicted only, for as many nodes of this kind.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,15 @@ from rich.table import Table
 
 from configs import compose, launch
 from configs.errors import UserError
-from configs.schema import Device, ScalingRunConfig
-from training.batch import resolve_batch
+from configs.schema import Device, RunConfig, ScalingRunConfig
+from training.backend import resolve_precision
+from training.batch import data_ranks, resolve_batch
+from training.forecast import Cluster, Job, forecast
+from training.link import Link, probe
 from training.report import about, draw_lines, wide_console, write_json
-from training.run import run_folder
+from training.run import TOKENIZER, run_folder
 from training.trial import run_trial
+from training.waterfall.work import ELEMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,14 @@ class Row:
     """Rank 0's."""
     efficiency: float | None
     """Tokens/s per process relative to the engine's first row that fits."""
+    predicted_step_time_s: float | None = None
+    """By `training.forecast`; None where the engine has no trial on one process to start from."""
+    predicted_efficiency: float | None = None
+    """Relative to one process."""
+    predicted_exposed_s: float | None = None
+    """Seconds of a step in which communication isn't hidden, as predicted."""
+    bytes_per_step: float | None = None
+    """What a rank sends in a step, by `training.forecast`."""
 
 
 def main(config: ScalingRunConfig) -> int:
@@ -61,10 +76,18 @@ def main(config: ScalingRunConfig) -> int:
     for engine in config.scaling.engines:
         for world_size in config.scaling.world_sizes:
             rows.append(measure(console, config, overrides, engine, world_size, folder, rows))
+    link = (
+        probe(max(config.scaling.world_sizes), config.hardware.device) if len(config.scaling.world_sizes) > 1 else None
+    )
+    if link is not None:
+        rows = predict(config, overrides, rows, link, folder)
     console.print(table_of(rows, config.scaling.strong))
     facts = about(["scripts/scaling.py", *sys.argv[1:]])
     kind = "strong" if config.scaling.strong else "weak"
-    write_json(folder / "scaling.json", {**facts, "scaling": kind, "rows": [asdict(row) for row in rows]})
+    write_json(
+        folder / "scaling.json",
+        {**facts, "scaling": kind, "link": link and asdict(link), "rows": [asdict(row) for row in rows]},
+    )
     draw(rows, folder / "scaling.png", f"{kind.capitalize()} scaling of {config.name}, {facts['device']}")
     console.print(f"{folder / 'scaling.json'}\n{folder / 'scaling.png'}", soft_wrap=True)
     return 0
@@ -74,6 +97,11 @@ def check(config: ScalingRunConfig) -> None:
     """Raise `UserError` for engines that don't exist and numbers of processes that the host has no devices for."""
     for engine in config.scaling.engines:
         compose([f"engine={engine}"])
+    if config.scaling.forecast and (1 not in config.scaling.world_sizes or len(config.scaling.world_sizes) < 2):
+        raise UserError(
+            "scaling.forecast needs trials on one process, for its speed, and on several, for their links: "
+            f"scaling.world_sizes={config.scaling.world_sizes} has not both."
+        )
     if not config.scaling.world_sizes or min(config.scaling.world_sizes) < 1:
         raise UserError(f"scaling.world_sizes={config.scaling.world_sizes}: give numbers of processes from 1 on.")
     on_gpu = torch.cuda.is_available() and config.hardware.device is not Device.cpu
@@ -128,6 +156,55 @@ def measure(
     )
 
 
+def predict(config: ScalingRunConfig, overrides: list[str], rows: Sequence[Row], link: Link, folder: Path) -> list[Row]:
+    """The rows with their predictions, and those of `scaling.forecast`."""
+    result: list[Row] = []
+    for engine in config.scaling.engines:
+        measured = [row for row in rows if row.engine == engine]
+        alone = next((row.tokens_per_s for row in measured if row.world_size == 1 and row.tokens_per_s), None)
+        if alone is None:
+            result += measured
+            continue
+        settings = compose([*overrides, f"engine={engine}"])
+        settings.model.vocab_size = vocabulary_of(folder / f"{engine}_1")
+        network = config.scaling.network_gb_per_s or link.gb_per_s
+        cluster = Cluster(alone, link.gb_per_s, network, max(config.scaling.world_sizes), link.latency_us)
+        further = [Row(engine, size, global_batch(config, size), *[None] * 6) for size in config.scaling.forecast]
+        result += [predicted(config, settings, row, cluster) for row in [*measured, *further]]
+    return result
+
+
+def predicted(config: ScalingRunConfig, settings: RunConfig, row: Row, cluster: Cluster) -> Row:
+    """The row with what the forecast says of it."""
+    on_gpu = torch.cuda.is_available() and config.hardware.device is not Device.cpu
+    precision = resolve_precision(settings.engine.precision, torch.device("cuda" if on_gpu else "cpu"))
+    micro = micro_batch_size(config, row.world_size)
+    job = Job(
+        model=settings.model,
+        engine=settings.engine,
+        element_bytes=ELEMENT_BYTES[precision],
+        micro_batch_size=micro,
+        accumulation_steps=row.global_batch_size // data_ranks(settings.engine, row.world_size) // micro,
+        world_size=row.world_size,
+        overlapped=settings.engine.overlap_comm and on_gpu,
+    )
+    found = forecast(job, cluster)
+    return replace(
+        row,
+        predicted_step_time_s=found.step_time_s,
+        predicted_efficiency=found.efficiency,
+        predicted_exposed_s=found.exposed_s,
+        bytes_per_step=found.traffic.total,
+    )
+
+
+def vocabulary_of(trial: Path) -> int:
+    """Tokens of the vocabulary that a trial trained with."""
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(trial / TOKENIZER)).get_vocab_size())
+
+
 def show_step(status: Status, label: str, steps: int, done: int) -> None:
     """Progress of a trial on the terminal."""
     status.update(f"{label}: {done} of {steps} steps")
@@ -136,7 +213,7 @@ def show_step(status: Status, label: str, steps: int, done: int) -> None:
 def global_batch(config: ScalingRunConfig, world_size: int) -> int:
     """Sequences a step: what the config says for its first number of processes, times the growth if that is wanted."""
     first = config.scaling.world_sizes[0]
-    size = resolve_batch(config.train, first).global_batch_size
+    size = resolve_batch(config.train, data_ranks(config.engine, first)).global_batch_size
     if config.scaling.strong:
         return size
     if size * world_size % first:
@@ -145,18 +222,24 @@ def global_batch(config: ScalingRunConfig, world_size: int) -> int:
 
 
 def micro_batch(config: ScalingRunConfig, world_size: int) -> list[str]:
-    """Keep the micro-batch, so that the matrix products stay the same; accumulation follows from the rest."""
-    micro = resolve_batch(config.train, config.scaling.world_sizes[0]).micro_batch_size
-    share = global_batch(config, world_size) // world_size
+    """Batch keys of a trial; accumulation follows from the rest."""
+    return [f"train.micro_batch_size={micro_batch_size(config, world_size)}", "train.accumulation_steps=null"]
+
+
+def micro_batch_size(config: ScalingRunConfig, world_size: int) -> int:
+    """Sequences: those of the first number of processes, so that the matrix products stay the same."""
+    first = data_ranks(config.engine, config.scaling.world_sizes[0])
+    micro = resolve_batch(config.train, first).micro_batch_size
+    share = global_batch(config, world_size) // data_ranks(config.engine, world_size)
     while share % micro:  # strong scaling can leave less than a micro-batch to a rank
         micro -= 1
-    return [f"train.micro_batch_size={micro}", "train.accumulation_steps=null"]
+    return micro
 
 
 def table_of(rows: Sequence[Row], strong: bool) -> Table:
     """The rows for a terminal."""
     table = Table(title=f"{'Strong' if strong else 'Weak'} scaling (medians; MFU counts attention in full / causally)")
-    for heading in ("engine", "processes", "batch", "tokens/s", "step", "MFU", "memory", "efficiency"):
+    for heading in ("engine", "processes", "batch", "tokens/s", "step", "MFU", "memory", "efficiency", "predicted"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
 
     def text(value: float | None, pattern: str) -> str:
@@ -172,8 +255,16 @@ def table_of(rows: Sequence[Row], strong: bool) -> Table:
             f"{text(row.mfu, '{:.1%}')} / {text(row.mfu_causal, '{:.1%}')}",
             text(row.peak_memory_gb, "{:.2f} GB"),
             text(row.efficiency, "{:.1%}"),
+            predicted_text(row),
         )
     return table
+
+
+def predicted_text(row: Row) -> str:
+    """`123.4 ms, 97.1%`."""
+    if row.predicted_step_time_s is None:
+        return "-"
+    return f"{row.predicted_step_time_s * 1e3:,.1f} ms, {row.predicted_efficiency:.1%}"
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:

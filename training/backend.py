@@ -11,13 +11,16 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from configs.errors import UserError
 from configs.schema import EngineConfig, Precision, Toggle
 from training.batch import BatchPlan
+
+if TYPE_CHECKING:
+    from model import GPT
 
 LOG = logging.getLogger(__name__)
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
@@ -95,22 +98,45 @@ def check_engine(config: EngineConfig, precision: Precision, device: torch.devic
         raise UserError("engine.offload_optimizer=true: needs engine.zero_stage=1, 2 or 3, given 0")
     if config.offload_params and stage != 3:
         raise UserError(f"engine.offload_params=true: needs engine.zero_stage=3, given {stage}")
-    if config.compile is Toggle.on and stage == 3:
-        raise UserError(
-            "engine.compile=on: ZeRO-3 gathers and frees parameters inside each block, which breaks the compiled "
-            "graphs; possible: engine.compile=auto or off, or engine.zero_stage=0, 1 or 2"
-        )
     if precision is Precision.fp16 and stage > 0 and device.type == "cpu":
         supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)()
         if not supported:
             raise UserError("engine.precision=fp16: this CPU has no fp16 units; possible: fp32, bf16, or zero_stage=0")
 
 
+def should_fuse_weight_gradients(config: EngineConfig, precision: Precision) -> bool:
+    """Whether layers add weight gradients to the optimizer's sums themselves. Raises `UserError` for `on` where not.
+
+    Stages 2 and 3 reduce each gradient while the backward pass goes on, and fp16 is to notice what overflows in fp16.
+    """
+    possible = (
+        precision is Precision.bf16
+        and config.zero_stage < 2
+        and config.fp32_accumulation
+        and not config.offload_optimizer
+    )
+    if config.fuse_weight_gradients is Toggle.on and not possible:
+        raise UserError(
+            "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0 or 1, "
+            "engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
+            f"{precision.value}, {config.zero_stage}, {str(config.fp32_accumulation).lower()} and "
+            f"{str(config.offload_optimizer).lower()}; or use engine.fuse_weight_gradients=auto or off"
+        )
+    return possible and config.fuse_weight_gradients is not Toggle.off
+
+
 def should_compile(config: EngineConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled: `auto` means on CUDA at stages 0 to 2."""
-    if config.compile is Toggle.auto:
-        return device.type == "cuda" and config.zero_stage < 3
-    return config.compile is Toggle.on
+    """Whether blocks are compiled: `auto` means on CUDA."""
+    return device.type == "cuda" if config.compile is Toggle.auto else config.compile is Toggle.on
+
+
+def gather_whole_blocks(deepspeed: Any, model: GPT) -> None:
+    """Have ZeRO-3 gather and free the parameters of a block together, around the block.
+
+    Its hooks would otherwise sit on every module inside, where they break compiled graphs; and one large message uses
+    a link better than a dozen small ones.
+    """
+    deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])
 
 
 def deepspeed_config(
@@ -119,12 +145,14 @@ def deepspeed_config(
     precision: Precision,
     *,
     num_parameters: int,
+    num_block_parameters: int,
     device: torch.device,
     world_size: int,
 ) -> dict[str, Any]:
     """DeepSpeed's config; clipping, learning rates and the loss scale, which the engine does itself, aren't in it."""
     settings: dict[str, Any] = {
-        "train_batch_size": plan.global_batch_size,
+        # To DeepSpeed ranks that share samples are ranks like others, which all have samples.
+        "train_batch_size": plan.micro_batch_size * plan.accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": 0.0,
@@ -136,6 +164,8 @@ def deepspeed_config(
         return settings
     settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW on the CPU needs no compiler
     settings["zero_optimization"] = zero_section(config, num_parameters, device, world_size)
+    if config.zero_stage == 3:
+        settings["zero_optimization"] |= gathering(num_block_parameters)
     if precision is Precision.bf16:
         # Non-finite gradients are looked for once, by the engine, before the step.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
@@ -163,3 +193,15 @@ def zero_section(config: EngineConfig, num_parameters: int, device: torch.device
     if config.offload_params:
         section["offload_param"] = dict(place)
     return section
+
+
+def gathering(num_block_parameters: int) -> dict[str, Any]:
+    """What ZeRO-3 gathers ahead: the whole next block while this one computes, DeepSpeed's own 50 M elements at least.
+
+    The limit of gathered parameters, DeepSpeed's 10^9 at least, leaves room for this block, the next, and the one that
+    is being freed.
+    """
+    return {
+        "stage3_prefetch_bucket_size": max(50_000_000, num_block_parameters),
+        "stage3_max_live_parameters": max(1_000_000_000, 3 * num_block_parameters),
+    }

@@ -1,11 +1,14 @@
-"""Batch arithmetic: global batch = ranks × accumulation steps × micro-batch."""
+"""Batch arithmetic: global batch = ranks × accumulation steps × micro-batch.
+
+Ranks that share each sample (`engine.sequence_parallel_size`) count as one here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from configs.errors import UserError
-from configs.schema import TrainConfig
+from configs.schema import EngineConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,18 @@ class BatchPlan:
     global_batch_size: int
     micro_batch_size: int
     accumulation_steps: int
+
+
+def data_ranks(engine: EngineConfig, world_size: int) -> int:
+    """Ranks, or groups of ranks, that take different samples: the `world_size` of this file's other functions.
+
+    Raises `UserError` if the ranks can't be divided into such groups.
+    """
+    size = engine.sequence_parallel_size
+    if world_size % size:
+        possible = either([d for d in range(1, world_size + 1) if world_size % d == 0])
+        raise UserError(f"engine.sequence_parallel_size={size} does not divide {ranks(world_size)}; use {possible}")
+    return world_size // size
 
 
 def resolve_batch(train: TrainConfig, world_size: int) -> BatchPlan:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import Device
+from model.sequence import SequenceGroup
 
 T = TypeVar("T")
 
@@ -82,6 +83,16 @@ class Processes:
     def barrier(self) -> None:
         """Return once every rank has come here."""
         self.any(False)
+
+    def sequence_group(self, size: int) -> SequenceGroup | None:
+        """Divide all ranks into groups of `size` neighbours that share samples; this rank's. None: `size` is 1.
+
+        Neighbours, since the fastest links are those inside a node. Collective; `size` divides the number of ranks.
+        """
+        if size == 1:
+            return None
+        own, _ = dist.new_subgroups(group_size=size, timeout=self.timeout)
+        return SequenceGroup(self.rank % size, size, own.group_name)
 
     def close(self) -> None:
         """Leave the group. Waits for nobody, so that a failed rank can go; may be called twice."""

@@ -8,6 +8,9 @@ and clipping, the learning rate and the fp16 loss scale are ours.
 Micro-batch m on rank r contributes the sum L(m, r) over its tokens. DeepSpeed averages gradients over the R ranks and
 adds them over micro-batches, so each backward gets L(m, r) · R / T with T the counted tokens of all ranks and
 micro-batches, and the result is the gradient of sum(L) / T.
+
+Ranks that share samples (`engine.sequence_parallel_size`) compute the sums of their own tokens, and the exchanges in
+attention carry gradients between them: to add up, they need nothing else than ranks with samples of their own.
 """
 
 from __future__ import annotations
@@ -23,15 +26,19 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from configs.schema import OptimConfig, Precision, Recompute, RunConfig
+from model.sequence import own_part
+from model.weight_gradient import bind_sums, release_sums
 from training.backend import (
     DTYPES,
     check_engine,
     deepspeed_config,
+    gather_whole_blocks,
     import_deepspeed,
     quiet,
     resolve_precision,
     set_local_rank,
     should_compile,
+    should_fuse_weight_gradients,
 )
 from training.batch import BatchPlan
 from training.distributed import Processes
@@ -158,7 +165,7 @@ class Engine:
             sums = self.forward(micro)
             if counts:
                 totals[0] += sums[0]
-                totals[1] += (micro.targets >= 0).sum()
+                totals[1] += (own_part(micro.targets, self.module.sequence) >= 0).sum()
         if self.processes.world_size > 1:
             dist.all_reduce(totals)
         self.module.train()
@@ -168,10 +175,11 @@ class Engine:
     def in_step(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
         """The batches, and whether they count.
 
-        ZeRO-3 gathers parameters in the forward pass, so a rank whose batches are finished goes on with its last one,
-        uncounted, until all are.
+        ZeRO-3 gathers parameters in the forward pass, and ranks that share samples exchange heads, so a rank whose
+        batches are finished goes on with its last one, uncounted, until all are.
         """
-        if self.config.engine.zero_stage < 3 or self.processes.world_size == 1:
+        alone = self.config.engine.zero_stage < 3 and self.module.sequence is None
+        if alone or self.processes.world_size == 1:
             yield from ((micro, True) for micro in batches)
             return
         last: MicroBatch | None = None
@@ -182,11 +190,14 @@ class Engine:
                 return
             last = micro or last
             if last is None:
-                raise ValueError("evaluation: this rank has no batch at all, which ZeRO-3 can't evaluate")
+                raise ValueError(
+                    "evaluation: this rank has no batch at all, which ZeRO-3 and sequence parallelism can't evaluate"
+                )
             yield last, micro is not None
 
     def close(self) -> None:
         """Undo what DeepSpeed needs: hooks on the model, LOCAL_RANK, and ZeRO-3's replacement of PyTorch's `linear`."""
+        release_sums(self.module)
         self.deepspeed.destroy()
         torch.nn.functional.linear = PLAIN_LINEAR
         self.restore_environment()
@@ -212,7 +223,9 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     device = processes.device
     precision = resolve_precision(config.engine.precision, device)
     check_engine(config.engine, precision, device)
+    fuse = should_fuse_weight_gradients(config.engine, precision)
     model.set_recompute(config.engine.recompute is Recompute.block)
+    model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
     names = {parameter: name for name, parameter in model.named_parameters()}
     shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}  # before ZeRO-3 takes them away
     if config.engine.zero_stage == 0:
@@ -223,10 +236,14 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         plan,
         precision,
         num_parameters=sum(parameter.numel() for parameter in names),
+        num_block_parameters=count_parameters(model.blocks[0]),
         device=device,
         world_size=processes.world_size,
     )
     deepspeed = import_deepspeed(device)
+    compiled = should_compile(config.engine, device)
+    if compiled and config.engine.zero_stage == 3:
+        gather_whole_blocks(deepspeed, model)
     restore = set_local_rank(device.index or 0)
     with quiet():
         wrapped, *_ = deepspeed.initialize(
@@ -238,7 +255,9 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
-    if should_compile(config.engine, device):
+    if fuse:
+        bind_sums(model, partition.sums())
+    if compiled:
         model.compile_blocks()
     return Engine(wrapped, partition, shapes, config, precision, processes, restore)
 

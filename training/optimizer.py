@@ -58,12 +58,15 @@ class ReplicatedAdamW(AdamW):
 
     @staticmethod
     def accumulate(buffer: Tensor) -> Any:
-        """Hook that adds a parameter's gradient to its part of the flat buffer and frees it at once."""
+        """Hook that adds a parameter's gradient to its part of the flat buffer and frees it at once.
+
+        It also runs for a layer that has added its gradient there itself and given autograd none.
+        """
 
         def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            buffer.add_(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:
+                buffer.add_(parameter.grad)
+                parameter.grad = None
 
         return add
 

@@ -2,12 +2,14 @@
 
     waterfall.json    every part of a step: time, rate, share of what is lost; remedies
     waterfall.png     the same as a picture
+    ranks.png         with several ranks: a step of each, when it computed and when it communicated
     trace.json.gz     the profile itself, for chrome://tracing or ui.perfetto.dev
 
 The steps come late enough that kernels are compiled and the meter has steps to compare with. One more step warms the
 profiler up, then the device is waited for, so that the window of the profiled steps begins and ends with an idle device
 and holds all of their work. What isn't training is marked and left out. Profiled steps are slower: none of the run's
-metrics counts them. With several ranks, rank 0 profiles itself.
+metrics counts them. Every rank profiles itself, so that none is slower than the others; the files but ranks.png are of
+rank 0.
 
 Annotations around the optimizer and the backward pass are put on when the profiler starts and taken off when it stops,
 so that a run without a profile has none.
@@ -16,7 +18,8 @@ so that a run without a profile has none.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,22 +39,23 @@ from training.metrics import ThroughputMeter
 from training.report import about, write_json
 from training.run import RunFolder
 from training.waterfall import Report, Setting, TraceError, Unprofiled, account, build_report, read_trace
+from training.waterfall.lanes import Lanes, draw_lanes, lanes_of
 from training.waterfall.show import draw
-from training.waterfall.trace import BACKWARD, DATA_WAIT, EXCLUDED, OPTIMIZER, WINDOW
+from training.waterfall.trace import BACKWARD, DATA_WAIT, EXCLUDED, OPTIMIZER, WINDOW, Trace
 
 SETTLED_STEPS: Final = 10
 """Steps of this process before the profiler starts, where the run is long enough."""
 LEAST_SETTLED_STEPS: Final = 3
 """Fewer won't do: two compile and allocate, one is there to compare with."""
-REPORT, PICTURE, TRACE = "waterfall.json", "waterfall.png", "trace.json.gz"
+REPORT, PICTURE, RANKS, TRACE = "waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz"
 
 
 class StepProfiler:
-    """Profiles steps of a run; does nothing where `train.profile_steps` is 0 and on ranks other than 0.
+    """Profiles steps of a run; does nothing where `train.profile_steps` is 0.
 
     before each step: begin_step()
     around the wait for its batch: waiting()
-    after each step: end_step()        a report once the last profiled step is done
+    after each step: end_step()        a report on rank 0 once the last profiled step is done
     around what isn't training: excluded()
     at the end: close()
     """
@@ -70,7 +74,7 @@ class StepProfiler:
         """`model`: the config's, with its vocabulary; `steps_left`: steps that this process is going to make."""
         self.engine, self.folder, self.meter = engine, folder.path, meter
         self.setting = setting_of(config, model, plan, engine, peak)
-        self.num_steps = config.train.profile_steps if engine.processes.is_main else 0
+        self.num_steps = config.train.profile_steps
         self.settled = min(SETTLED_STEPS, steps_left - self.num_steps - 1)
         self.done = 0
         self.running = False
@@ -102,7 +106,10 @@ class StepProfiler:
             self._window.enter_context(record_function(WINDOW))
 
     def end_step(self) -> Report | None:
-        """After a step: the report if it was the last one to profile. Raises `TraceError` if nothing was recorded."""
+        """After a step: on rank 0 the report if it was the last one to profile. Collective if it was.
+
+        Raises `TraceError` if nothing was recorded.
+        """
         self.done += 1
         if not self.running or self.done < self.settled + 1 + self.num_steps:
             return None
@@ -147,19 +154,37 @@ class StepProfiler:
         self._cleanup.enter_context(annotated(self.engine.deepspeed, "backward", BACKWARD))
         self.running = True
 
-    def _finish(self) -> Report:
+    def _finish(self) -> Report | None:
         self._cleanup.close()
         self.running = False
+        own = self.engine.processes
         try:
-            trace = self.folder / TRACE
-            self.profiler.export_chrome_trace(str(trace))
-            del self.profiler  # its events take memory
-            accounted = account(read_trace(trace), on_device=self.setting.on_device)
+            recorded = self._recorded()
+            ranks = [one for one in own.gather(None if isinstance(recorded, Exception) else recorded[1]) if one]
+            if isinstance(recorded, Exception):
+                raise recorded
+            if not own.is_main:
+                return None
+            trace = recorded[0]
+            accounted = account(trace, on_device=self.setting.on_device)
             report = build_report(accounted, self.num_steps, self.setting, self._unprofiled)
-            write_report(report, self.folder)
+            write_report(report, self.folder, ranks)
         finally:
             self.meter.start()
         return report
+
+    def _recorded(self) -> tuple[Trace, Lanes] | TraceError | OSError:
+        """The profile, read back; or why there is none, to be raised when the other ranks don't wait any more."""
+        own = self.engine.processes
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                path = (self.folder if own.is_main else Path(scratch)) / TRACE
+                self.profiler.export_chrome_trace(str(path))
+                del self.profiler  # its events take memory
+                trace = read_trace(path)
+            return trace, lanes_of(trace, own.rank, on_device=self.setting.on_device)
+        except (TraceError, OSError) as error:
+            return error
 
     def _synchronize(self) -> None:
         if self.setting.on_device:
@@ -216,11 +241,15 @@ def annotated(owner: Any, name: str, annotation: str) -> Iterator[None]:
             delattr(owner, name)
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """`waterfall.json` and `waterfall.png` in `folder`."""
+def write_report(report: Report, folder: Path, ranks: Sequence[Lanes] = ()) -> None:
+    """`waterfall.json`, `waterfall.png` and, of several ranks, `ranks.png` in `folder`."""
     facts = about([program(), *sys.argv[1:]])
-    write_json(folder / REPORT, {**facts, **report.to_json()})
+    write_json(folder / REPORT, {**facts, **report.to_json(), "ranks": [lanes.to_json() for lanes in ranks]})
     draw(report, folder / PICTURE)
+    if len(ranks) > 1:
+        setting = report.setting
+        title = f"{setting.config.name}, ZeRO-{setting.config.engine.zero_stage}, {setting.device_name}"
+        draw_lanes(ranks, folder / RANKS, f"{title}, {facts['date']}")
 
 
 def program() -> str:

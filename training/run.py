@@ -26,7 +26,7 @@ from configs.messages import plain
 from configs.schema import RunConfig
 
 TOKENIZER = "tokenizer.json"
-WATERFALL = ("waterfall.json", "waterfall.png", "trace.json.gz")
+WATERFALL = ("waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz")
 OURS = ("config.yaml", "metrics.jsonl", "curves.png", TOKENIZER, *WATERFALL, "checkpoints", "wandb", "run.log")
 """What a run writes; anything else in the folder is the user's and stays."""
 

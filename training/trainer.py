@@ -29,13 +29,14 @@ from data import (
     prepare,
 )
 from data.progress import show_progress
+from data.report import describe_packing
 from model import build_model, resolve_attention
 from model.flops import flops_per_token, parameter_counts
 from model.generate import generate
 from training import checkpoint, rng
 from training import metrics as m
 from training.backend import DTYPES
-from training.batch import resolve_batch
+from training.batch import data_ranks, resolve_batch
 from training.console import RunSummary, print_summary, short_path
 from training.engine import Engine, StepResult, build_engine
 from training.hardware import Peak, device_peak
@@ -104,7 +105,8 @@ class Trainer:
             self.corpus = prepare(config.data, report)
         self.tokenizer = load_tokenizer(self.corpus)
         self.model_config = replace(config.model, vocab_size=vocabulary(config, self.corpus))
-        self.plan = resolve_batch(config.train, processes.world_size)
+        self.replicas = data_ranks(config.engine, processes.world_size)
+        self.plan = resolve_batch(config.train, self.replicas)
         self.loader = self._loader()
         rng.seed_all(config.seed)  # the same initial weights on every rank
         model = build_model(self.model_config)
@@ -140,10 +142,11 @@ class Trainer:
             sequence_length=config.model.sequence_length,
             global_batch_size=self.plan.global_batch_size,
             micro_batch_size=self.plan.micro_batch_size,
-            rank=processes.rank,
-            world_size=processes.world_size,
+            rank=processes.rank // config.engine.sequence_parallel_size,
+            world_size=self.replicas,
             seed=config.seed,
             shuffle=config.data.shuffle,
+            packing=config.data.packing,
             document_mask=config.data.document_mask,
             prefetch=config.data.prefetch,
             device=processes.device,
@@ -205,6 +208,8 @@ class Trainer:
         count = parameter_counts(self.model_config).total
         attention = resolve_attention(self.model_config, self.processes.device, DTYPES[self.engine.precision])
         ranks = "1 rank" if world == 1 else f"{world} ranks"
+        shared = config.engine.sequence_parallel_size
+        takers = ranks if shared == 1 else f"{self.replicas} of {shared} ranks"
         say = self.session.terminal.say
         say(
             f"{config.name}: {count / 1e6:,.1f} M parameters, {attention} attention, {self.engine.precision}, "
@@ -213,8 +218,10 @@ class Trainer:
         tokens = plan.global_batch_size * config.model.sequence_length
         say(
             f"{self.corpus.train.num_tokens:,} training tokens; {tokens:,} a step: {plan.global_batch_size} sequences "
-            f"of {config.model.sequence_length} ({ranks} × {plan.accumulation_steps} × {plan.micro_batch_size})"
+            f"of {config.model.sequence_length} ({takers} × {plan.accumulation_steps} × {plan.micro_batch_size})"
         )
+        if self.loader.packing is not None:
+            say(f"  {describe_packing(self.loader.packing, self.corpus.train)}")
         epochs = self.loader.source_epochs(config.train.steps * plan.global_batch_size)
         for part in self.corpus.parts if epochs else ():
             say(
@@ -372,8 +379,8 @@ class Trainer:
             sequence_length=self.config.model.sequence_length,
             micro_batch_size=self.plan.micro_batch_size,
             num_sequences=self.config.train.eval_sequences,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
+            rank=self.processes.rank // self.config.engine.sequence_parallel_size,
+            world_size=self.replicas,
             document_mask=self.config.data.document_mask,
             device=self.processes.device,
         )

@@ -13,8 +13,9 @@ from configs.errors import UserError
 from configs.schema import Attention, Device, Precision, RunConfig, Schedule, Source
 from model import resolve_attention
 from model.checks import check
+from model.sequence import problems as sequence_problems
 from training.backend import DTYPES, check_engine, resolve_precision
-from training.batch import resolve_batch
+from training.batch import data_ranks, resolve_batch
 from training.resume import resume_path
 from training.run import run_folder
 
@@ -39,8 +40,18 @@ def find_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         resume_path(config, run_folder(config))
     except UserError as error:
         yield str(error)
+    yield from _ranks(config, world_size)
+
+
+def _ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+    """How samples, and with sequence parallelism the tokens of a sample, are shared among the ranks."""
+    size = config.engine.sequence_parallel_size
+    if size < 1:
+        return  # said with the other numbers
+    if not check(config.model):
+        yield from sequence_problems(config.model, size)
     try:
-        resolve_batch(config.train, world_size)
+        resolve_batch(config.train, data_ranks(config.engine, world_size))
     except UserError as error:
         yield str(error)
 
@@ -66,6 +77,7 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         "optim.warmup_steps": (optim.warmup_steps, 0),
         "optim.grad_clip": (optim.grad_clip, 0),
         "optim.weight_decay": (optim.weight_decay, 0),
+        "engine.sequence_parallel_size": (config.engine.sequence_parallel_size, 1),
         "engine.bucket_size": (config.engine.bucket_size, 1),
         "engine.loss_scale": (config.engine.loss_scale, 0),
         "logging.wandb_timeout_s": (config.logging.wandb_timeout_s, 0),

@@ -6,13 +6,15 @@ import hashlib
 import os
 import sys
 import sysconfig
+import threading
 import urllib.error
 import urllib.request
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from configs.schema import DataConfig
 from data.errors import DataError
@@ -26,6 +28,15 @@ STDLIB_TABLES = frozenset({"encodings", "pydoc_data"})
 """Code pages and the text of `help()`: a fifth of the library's bytes, and hardly a line of code."""
 STDLIB_SKIP = STDLIB_TABLES | {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 PROBE_TIMEOUT_S = 8.0
+HUB_TIMEOUT_S = 300.0
+"""For opening a dataset, which takes minutes where it has tens of thousands of files, or fetching a tokenizer."""
+STREAM_RETRIES = 3
+"""Of a read that fails while documents are streamed: each is a minute and a half of the client's own retries."""
+WITHOUT_HUB = (
+    "Call again to go on from here, prepare it with a network, or use local files (data=text|jsonl|parquet "
+    "data.path=...)."
+)
+T = TypeVar("T")
 
 
 class Opened(NamedTuple):
@@ -140,8 +151,16 @@ class HubSource(DatasetSource):
         return f"data.path={self.path} (hub{subset}, split {self.split})"
 
     def open(self, cursor: Cursor) -> Opened:
+        if self.local:
+            return self._open(cursor)
+        probe_hub(self.description(), f"datasets/{self.path}")
+        return within_time(self.description(), lambda: self._open(cursor))
+
+    def _open(self, cursor: Cursor) -> Opened:
+        import datasets
         from datasets import load_dataset
 
+        datasets.config.STREAMING_READ_MAX_RETRIES = STREAM_RETRIES
         with hub_errors(self.description()):
             commit = cursor.get("commit") or (None if self.local else self._newest_commit())
             dataset = load_dataset(
@@ -162,27 +181,47 @@ class HubSource(DatasetSource):
         """The commit that the revision stands for now."""
         from huggingface_hub import HfApi
 
-        probe_hub(self.description())
         return HfApi().dataset_info(self.path, revision=self.revision).sha
 
 
-def probe_hub(what: str) -> None:
-    """Raises DataError at once where the hub can't be reached; its own client retries for half a minute."""
+def probe_hub(what: str, route: str) -> None:
+    """Raises DataError within seconds where the hub can't be reached; its own client retries for minutes.
+
+    `route` is what will be asked for, below the hub's `/api/`; any answer will do.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise DataError(f"{what} is not prepared yet, and HF_HUB_OFFLINE is set.")
+    request = urllib.request.Request(f"{constants.ENDPOINT}/api/{route}", method="HEAD")
     try:
-        urllib.request.urlopen(
-            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PROBE_TIMEOUT_S
-        ).close()
+        urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return  # it answered
     except OSError as error:
         raise DataError(
-            f"{what} needs the Hugging Face hub, and {constants.ENDPOINT} can't be reached ({error}). Prepare it once "
-            "with a network, or use local files (data=text|jsonl|parquet data.path=...)."
+            f"{what} needs the Hugging Face hub, and {constants.ENDPOINT} can't be reached ({error}). {WITHOUT_HUB}"
         ) from error
+
+
+def within_time(what: str, ask: Callable[[], T]) -> T:
+    """What `ask` returns or raises. Raises DataError after `HUB_TIMEOUT_S`: many calls of the client have no limit."""
+    answers: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except BaseException as error:  # noqa: BLE001 - raised again by who waits
+            answers.put((None, error))
+
+    threading.Thread(target=run, name="hub", daemon=True).start()  # a call that hangs doesn't keep the process
+    try:
+        answer, error = answers.get(timeout=HUB_TIMEOUT_S)
+    except Empty:
+        raise DataError(f"{what}: the Hugging Face hub gave no answer for {HUB_TIMEOUT_S:g} s. {WITHOUT_HUB}") from None
+    if error is not None:
+        raise error
+    return cast(T, answer)
 
 
 @contextmanager

@@ -1,11 +1,17 @@
-"""Tokenizers: lossless, deterministic, found by file, folder or name."""
+"""Tokenizers: lossless, deterministic, found by file, folder or name, whole whatever kills their training.
+
+FAULT_KILLS=50 kills the training of `test_killed_while_training` that often, instead of a handful of times.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +22,9 @@ from tokenizers import Tokenizer
 from data import DataError, PreparedData, load_tokenizer
 from data.tokenizer import END_OF_TEXT, fetch_tokenizer, inspect_tokenizer, tokenizer_identity, train_tokenizer
 from data.worker import encode_batch, load
-from tests.data.conftest import make_texts
+from tests.data.conftest import make_texts, write_jsonl
+
+KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -70,6 +78,62 @@ def test_training_is_deterministic_with_and_without_threads() -> None:
         )
         hashes.add(result.stdout)
     assert len(hashes) == 1
+
+
+@pytest.mark.slow
+def test_killed_while_training(tmp_path: Path) -> None:
+    """kill -9 at random moments; whatever the next start finds, it ends with the tokenizer of an undisturbed one."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [text for seed in range(4) for text in make_texts(2500, seed)])
+    calm = start_training(corpus, tmp_path / "calm")
+    begin = wait_for_lock(calm, tmp_path / "calm")
+    expected = calm.communicate(timeout=120)[0]
+    seconds = time.monotonic() - begin
+    rng = random.Random(3)
+    kills, finished = 0, 0
+    while kills < KILLS:
+        cache = tmp_path / f"killed_{finished}"
+        process = start_training(corpus, cache)
+        wait_for_lock(process, cache)
+        try:
+            process.wait(timeout=rng.uniform(0, 1.05 * seconds))
+        except subprocess.TimeoutExpired:
+            kills += 1
+            process.kill()
+        process.communicate()
+        for path in cache.glob("tokenizers/*/tokenizer.json"):  # there whole or not at all
+            assert f"{hash_of(path)}\n" == expected
+            finished += 1
+    cache = tmp_path / f"killed_{finished}"
+    leftover = cache / "tokenizers" / next((tmp_path / "calm").glob("tokenizers/*/")).name / "tokenizer.json.1.tmp"
+    leftover.parent.mkdir(parents=True, exist_ok=True)
+    leftover.write_text("{")  # of a kill in the short time of writing
+    output, errors = start_training(corpus, cache).communicate(timeout=120)
+    assert output == expected, errors
+    assert sorted(path.name for path in leftover.parent.iterdir()) == ["separator.json", "tokenizer.json"]
+
+
+def start_training(corpus: Path, cache: Path) -> subprocess.Popen[str]:
+    """A process that trains a tokenizer and prints the hash of its file."""
+    code = (
+        "import sys; from pathlib import Path; from data import prepare_tokenizer;"
+        "from tests.data.conftest import jsonl_config; from tests.data.test_tokenizer import hash_of;"
+        "config = jsonl_config(Path(sys.argv[1]), Path(sys.argv[2]), tokenizer_vocab_size=3000);"
+        "print(hash_of(prepare_tokenizer(config)))"
+    )
+    command = [sys.executable, "-c", code, str(corpus), str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lock(process: subprocess.Popen[str], cache: Path) -> float:
+    """Return when the imports are over and the work begins; the time then."""
+    while process.poll() is None and not list(cache.glob("tokenizers/*.lock")):
+        time.sleep(0.005)
+    return time.monotonic()
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_vocabulary_size() -> None:

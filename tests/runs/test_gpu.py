@@ -10,11 +10,18 @@ from tests.runs.conftest import Runs, losses, rows
 from tests.runs.test_resume import assert_equal_runs
 
 pytestmark = pytest.mark.gpu
-GPU = ("hardware.device=cuda", "model.head_dim=32", "model.width=64", "model.sequence_length=256", "train.steps=20")
+COMPILED = (
+    "hardware.device=cuda",
+    "model.head_dim=32",
+    "model.width=64",
+    "model.sequence_length=256",
+    "train.steps=20",
+)
+GPU = (*COMPILED, "engine.compile=off")  # compiling takes longer than all else in these runs
 
 
 def test_default_is_bf16_flash_and_compiled(runs: Runs, tmp_path: Path) -> None:
-    result = runs.run(*GPU, f"run_dir={tmp_path / 'run'}")
+    result = runs.run(*COMPILED, f"run_dir={tmp_path / 'run'}")
     assert "flash attention, bf16" in result.stdout
     lines = rows(tmp_path / "run")
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
@@ -30,9 +37,9 @@ def test_flash_and_standard_attention_train_alike(runs: Runs, tmp_path: Path) ->
             assert loss == pytest.approx(reference[step][0], rel=5e-3), (kind, step)
 
 
-@pytest.mark.parametrize("options", [[], ["model.dropout=0.1", "model=llama"], ["engine.compile=off"]])
-def test_killed_deterministic_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, options: list[str]) -> None:
-    settings = [*GPU, *options, "deterministic=true"]
+@pytest.mark.parametrize("options", [COMPILED, (*GPU, "model.dropout=0.1", "model=llama"), GPU])
+def test_killed_deterministic_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, options: tuple[str, ...]) -> None:
+    settings = [*options, "deterministic=true"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs.run(*settings, f"run_dir={whole}")
     runs.interrupt(lambda: len(rows(killed)) >= 9, signal.SIGKILL, *settings, f"run_dir={killed}")

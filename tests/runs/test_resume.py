@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data.conftest import make_texts, write_jsonl
 from tests.runs.conftest import Runs, losses, rows
 from training.checkpoint import consolidated_weights, find_checkpoint
 
@@ -33,6 +34,24 @@ def test_killed_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, engine: str,
     result = runs.run(*settings, f"run_dir={killed}", processes=processes)
     assert "Going on from" in result.stdout
     assert_equal_runs(whole, killed)
+
+
+def test_packed_documents_go_on_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
+    """Samples with padding, and with the documents masked from each other; two ranks where there was one."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_texts(40))
+    settings = ["data=jsonl", f"data.path={corpus}", "data.packing=best_fit", "data.document_mask=true"]
+    settings += ["model.sequence_length=128", "optim.schedule=constant"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = runs.run(*settings, f"run_dir={whole}")
+    assert "% padding" in result.stdout
+    assert rows(whole)[-1]["data/tokens_seen"] < 8 * 4 * 128
+    runs.interrupt(lambda: len(rows(killed)) >= 5, signal.SIGKILL, *settings, f"run_dir={killed}")
+    runs.run(*settings, f"run_dir={killed}")
+    assert_equal_runs(whole, killed)
+    runs.run(*settings, f"run_dir={tmp_path / 'two'}", processes=2)
+    for one, two in zip(rows(whole), rows(tmp_path / "two"), strict=True):
+        assert one["data/tokens_seen"] == two["data/tokens_seen"]
+        assert one["train/loss"] == pytest.approx(two["train/loss"], rel=2e-5)
 
 
 def test_stop_and_go_on_across_an_epoch(runs: Runs, tmp_path: Path) -> None:

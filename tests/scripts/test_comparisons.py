@@ -51,16 +51,25 @@ def test_compare_attention_leaves_rows_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_scaling_leaves_rows_and_a_picture(tmp_path: Path) -> None:
-    run_tool("scaling.py", tmp_path, "scaling.world_sizes=[1,2]", "scaling.steps=5")
+    run_tool("scaling.py", tmp_path, "scaling.world_sizes=[1,2]", "scaling.steps=5", "scaling.forecast=[16]")
     report = json.loads((tmp_path / "out" / "scaling.json").read_text())
     assert [(row["engine"], row["world_size"], row["global_batch_size"]) for row in report["rows"]] == [
         ("zero1", 1, 4),
         ("zero1", 2, 8),
+        ("zero1", 16, 64),
     ]
-    first, second = report["rows"]
+    first, second, third = report["rows"]
     assert first["efficiency"] == 1.0
     assert second["efficiency"] == pytest.approx(second["tokens_per_s"] / 2 / first["tokens_per_s"])
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert report["link"]["world_size"] == 2
+    assert report["link"]["gb_per_s"] > 0
+    assert third["tokens_per_s"] is None  # predicted only
+    efficiencies = [row["predicted_efficiency"] for row in report["rows"]]
+    assert efficiencies[0] == 1.0
+    assert efficiencies == sorted(efficiencies, reverse=True)
+    sent = [row["bytes_per_step"] for row in report["rows"]]
+    assert sent == pytest.approx([0, sent[2] * (1 / 2) / (15 / 16), sent[2]])
 
 
 def fake_trials(fits: Callable[[Sequence[str]], bool], tried: list[Sequence[str]]) -> Callable[..., Trial | None]:
@@ -132,5 +141,8 @@ def test_scaling_refuses_an_engine_that_is_not_there(tmp_path: Path) -> None:
     assert isinstance(config, ScalingRunConfig)
     with pytest.raises(UserError, match="zero9"):
         scaling.check(config)
+    alone = replace(config.scaling, engines=["zero1"], world_sizes=[1], forecast=[64])
+    with pytest.raises(UserError, match=r"scaling\.forecast needs"):
+        scaling.check(replace(config, scaling=alone))
     with pytest.raises(UserError, match="world_sizes"):
         scaling.check(replace(config, scaling=replace(config.scaling, engines=["zero1"], world_sizes=[])))

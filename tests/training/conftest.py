@@ -24,7 +24,7 @@ from configs.schema import (
 from model import GPT, build_model
 from training import distributed
 from training.backend import import_deepspeed
-from training.batch import resolve_batch
+from training.batch import data_ranks, resolve_batch
 from training.distributed import Processes
 from training.engine import Engine, StepResult, build_engine
 
@@ -75,7 +75,7 @@ def make_model(config: RunConfig) -> GPT:
 
 def make_engine(config: RunConfig, processes: Processes) -> Engine:
     """An engine on a fresh model."""
-    plan = resolve_batch(config.train, processes.world_size)
+    plan = resolve_batch(config.train, data_ranks(config.engine, processes.world_size))
     return build_engine(make_model(config), config, plan, processes)
 
 

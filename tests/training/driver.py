@@ -46,6 +46,8 @@ class Job:
     steps: int = 6
     save_every: int = 2
     precision: str = "fp32"
+    sequence: int = 1
+    """Ranks that share each sample."""
     fault: str = ""
     """Where a rank is killed, or has a NaN; see `FAULTS`."""
     fault_step: int = 0
@@ -163,7 +165,8 @@ def run_rank(job: Job, rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job.world_size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     own = distributed.init(Device.cpu, timeout_minutes=0.5)
-    config = run_config(job.stage, accumulation=2, micro=4 // job.world_size)
+    micro = 4 * job.sequence // job.world_size
+    config = run_config(job.stage, accumulation=2, micro=micro, sequence_parallel_size=job.sequence)
     config.engine.precision = Precision(job.precision)
     config.model.dropout = 0.1 if job.precision == "bf16" else 0.0
     engine = make_engine(config, own)
@@ -181,7 +184,8 @@ def run_rank(job: Job, rank: int, port: int) -> None:
 
 def train_on(job: Job, engine: Engine, own: Processes, state: TrainState, folder: Path) -> None:
     while state.step < job.steps and not job.resave:
-        batch: Any = make_batch(state.step, engine.config, own.rank, own.world_size)
+        share = job.sequence
+        batch: Any = make_batch(state.step, engine.config, own.rank // share, own.world_size // share)
         result = engine.train_step(batch, 1e-2)
         state.step += 1
         entry = {"step": state.step, "loss": result.loss.hex(), "norm": result.grad_norm.hex(), "finite": result.finite}

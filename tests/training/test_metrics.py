@@ -272,6 +272,7 @@ def test_peak_memory_of_the_process_grows() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_clock_measures_the_device_not_the_host() -> None:
     device = torch.device("cuda")

@@ -22,6 +22,7 @@ from training.batch import resolve_batch
 from training.profile import StepProfiler, annotated
 from training.waterfall import Setting, TraceError, Unprofiled, account, build_report, read_trace
 from training.waterfall import names as known
+from training.waterfall.lanes import Lanes, coarse, draw_lanes, lanes_of
 from training.waterfall.names import Category, classify_kernel, classify_operator
 from training.waterfall.remedies import remedies_for
 from training.waterfall.report import Report
@@ -274,6 +275,9 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("triton_poi_fused_add_1", (), C.norms),
         ("triton_poi_fused_addmm_gelu_2", (), C.activations),
         ("triton_poi_fused_mul_silu_view_2", (), C.activations),
+        ("triton_poi_fused__to_copy_add_mul_sigmoid_3", (), C.activations),
+        ("_add_norm_kernel", (), C.norms),
+        ("_add_norm_backward_kernel", (), C.norms),
         ("triton_red_fused_sum_7", (), C.elementwise),
         ("triton_poi_fused__to_copy_t_9", (), C.copies),
         ("triton_poi_fused_cat_3", (), C.copies),
@@ -326,7 +330,8 @@ def test_operators(stack: tuple[str, ...], category: Category | None) -> None:
 def test_our_kernels_are_called_so() -> None:
     """Names in the table are those of the kernels' functions."""
     hopper, portable = "kernels.attention.hopper", "kernels.attention.portable"
-    places = ["kernels.attention.flash1", "model.loss_kernel", f"{portable}.forward", f"{portable}.backward"]
+    places = ["kernels.attention.flash1", "model.loss_kernel", "model.norm_kernel"]
+    places += [f"{portable}.forward", f"{portable}.backward"]
     places += [f"{hopper}.{module}" for module in ("elementwise", "gluon_backward", "gluon_forward")]
     modules = [importlib.import_module(place) for place in places]
     for name in known.OUR_KERNELS:
@@ -372,8 +377,11 @@ def test_work_by_hand() -> None:
     assert block == 64 * 2 * 72 * 64  # 72 E bytes a layer and token
     assert least[C.loss] == 64 * 2 * 2 * 64
     assert least[C.optimizer] == 30 * count
-    assert least[C.accumulation] == 10 * count * 2
+    assert least[C.accumulation] == 10 * (count - 2 * 12 * 64 * 64) * 2  # what no block's product makes
     assert C.communication not in least
+    config.engine.fuse_weight_gradients = Toggle.off
+    apart = work_of(config.model, config.engine, Precision.bf16, tokens=64, accumulation=2, world_size=1).least_bytes
+    assert apart[C.accumulation] == 10 * count * 2
 
 
 @pytest.mark.parametrize(("stage", "per_weight"), [(0, 2 * 4), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * 4 + 3 * 2 * 2)])
@@ -517,10 +525,10 @@ def test_annotations_come_and_go() -> None:
     assert vars(owner) == {}
 
 
-def profiler_of(steps_left: int, num_steps: int = 2, is_main: bool = True) -> StepProfiler:
+def profiler_of(steps_left: int, num_steps: int = 2) -> StepProfiler:
     config = run_config()
     config.train.profile_steps = num_steps
-    processes = SimpleNamespace(is_main=is_main, world_size=1)
+    processes = SimpleNamespace(is_main=True, world_size=1)
     engine: Any = SimpleNamespace(device=torch.device("cpu"), precision=Precision.fp32, processes=processes)
     peak: Any = SimpleNamespace(tflops=0.1, source="measured", note="", device_name="CPU")
     anything: Any = SimpleNamespace(path=Path())
@@ -545,10 +553,54 @@ def test_run_too_short_for_a_profile_says_so_and_goes_on() -> None:
     assert not profiler.running
 
 
-def test_other_ranks_do_not_profile() -> None:
-    profiler = profiler_of(100, is_main=False)
-    assert profiler.problem == ""
-    for _ in range(20):
-        profiler.begin_step()
-        assert not profiler.running
-        assert profiler.end_step() is None
+def two_lanes(made: Made, on_device: bool) -> Lanes:
+    made.host(DATA_WAIT, 0, 5, kind="user_annotation").host(DATA_WAIT, 400, 405, kind="user_annotation")
+    return lanes_of(parse_trace(made.records), 3, on_device=on_device)
+
+
+def test_lanes_of_a_device() -> None:
+    """The first of two steps: 100 µs of gathering, of which 60 beside a product; a reduction that ends in the next."""
+    made = Made(1000)
+    made.kernel("nvjet_a", 10, 110, launched=8).kernel("nvjet_b", 110, 170, launched=8)
+    made.kernel("ncclDevKernel_AllGather_RING_LL", 50, 110, launched=8, stream=20)
+    made.kernel("ncclDevKernel_AllGather_RING_LL", 200, 240, launched=8, stream=20)
+    made.kernel("ncclDevKernel_ReduceScatter_Sum_f32", 390, 450, launched=8, stream=21)
+    made.kernel("ncclDevKernel_SendRecv", 500, 600, launched=8, stream=20)
+    lanes = two_lanes(made, on_device=True)
+    assert lanes.compute == [(10_000, 170_000)]
+    assert lanes.communication == {
+        "exchange": [],
+        "gather": [(50_000, 110_000), (200_000, 240_000)],
+        "reduce-scatter": [(390_000, 400_000)],
+    }
+    assert lanes.to_json() == {
+        "rank": 3,
+        "step_time_s": 400e-6,
+        "compute_s": 160e-6,
+        "communication_s": 110e-6,
+        "hidden_s": 60e-6,
+        "hidden_share": pytest.approx(60 / 110),
+    }
+
+
+def test_lanes_of_a_cpu() -> None:
+    """gloo works on threads of its own, beside the training thread; waiting for it is no computation."""
+    made = Made(1000).host("aten::mm", 10, 110).host("c10d::allreduce_", 200, 260)
+    made.host("gloo:all_reduce", 90, 130, thread=7, kind="user_annotation")
+    made.host("gloo:all_gather", 120, 150, thread=8, kind="user_annotation")
+    lanes = two_lanes(made, on_device=False)
+    assert lanes.compute == [(10_000, 110_000)]
+    assert (lanes.communication_ns, lanes.hidden_ns) == (60_000, 20_000)
+
+
+def test_lanes_need_the_begin_of_a_step() -> None:
+    with pytest.raises(TraceError, match=DATA_WAIT):
+        lanes_of(parse_trace(Made().records), 0, on_device=False)
+
+
+def test_lanes_are_drawn_without_gaps_too_fine_to_see(tmp_path: Path) -> None:
+    assert coarse([(0, 10), (11, 20), (40, 50)], gap=5) == [(0, 20), (40, 50)]
+    assert coarse([], gap=5) == []
+    ranks = [Lanes(rank, 1000, [(0, 10), (20, 900)], {"gather": [(800, 950)]}) for rank in range(2)]
+    draw_lanes(ranks, tmp_path / "ranks.png", "title")
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")

@@ -7,6 +7,7 @@
     report    time, rate and share of the gap of each category
     remedies  which config keys would win most of it back
     show      a table, a picture
+    lanes     a step on every rank: computation and communication side by side
 
 `training.profile` records the trace in a run.
 """

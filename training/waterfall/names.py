@@ -71,6 +71,9 @@ OUR_KERNELS: dict[str, Category] = {
     "backward_postprocess": GRADIENT,
     # model.loss_kernel
     "_cross_entropy_kernel": C.loss,
+    # model.norm_kernel
+    "_add_norm_kernel": C.norms,
+    "_add_norm_backward_kernel": C.norms,
 }
 """Triton kernels of this repository: their functions' names."""
 
@@ -86,7 +89,7 @@ _ADD = re.compile(r"_add(?=_|$)")
 
 _NAME_PATTERNS: tuple[tuple[re.Pattern[str], Category], ...] = (
     (re.compile(r"layer_?norm|rms_?norm|GammaBeta", re.IGNORECASE), C.norms),
-    (re.compile(r"gelu|silu|swiglu|_relu|relu_", re.IGNORECASE), C.activations),
+    (re.compile(r"gelu|silu|swiglu|_relu|relu_|_sigmoid", re.IGNORECASE), C.activations),
     (re.compile(r"cross_entropy|nll_loss|logsumexp", re.IGNORECASE), C.loss),
     (re.compile(r"adam|LpNorm", re.IGNORECASE), C.optimizer),
     (re.compile(r"embedding", re.IGNORECASE), C.elementwise),

@@ -47,7 +47,7 @@ class Setting:
             self.config.model,
             self.config.engine,
             self.precision,
-            tokens=sequences * self.config.model.sequence_length,
+            tokens=sequences * self.config.model.sequence_length // self.config.engine.sequence_parallel_size,
             accumulation=self.plan.accumulation_steps,
             world_size=self.world_size,
         )

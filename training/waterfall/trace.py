@@ -31,6 +31,9 @@ OPTIMIZER = "flashtrain::optimizer"
 BACKWARD = "flashtrain::backward"
 """Annotation around the backward pass and what the engine does to gradients after it."""
 
+GLOO = "gloo:"
+"""Begin of the names of what gloo does, on threads of its own."""
+
 KERNEL, MEMORY = "kernel", "memory"
 _DEVICE_KINDS = {"kernel": KERNEL, "gpu_memcpy": MEMORY, "gpu_memset": MEMORY}
 _HOST_KINDS = ("cpu_op", "user_annotation")
@@ -137,6 +140,8 @@ class Trace:
     """The profiled steps."""
     device: list[DeviceEvent] = field(default_factory=list)
     """Events of the GPU; empty for a CPU."""
+    collectives: list[HostEvent] = field(default_factory=list)
+    """What gloo's threads did."""
 
 
 def read_trace(path: Path) -> Trace:
@@ -171,7 +176,8 @@ def parse_trace(records: Iterable[dict[str, Any]]) -> Trace:
     if len(training) != 1 or len(training[0].named(WINDOW)) != 1:
         raise TraceError(f"The trace has {len(training)} threads with profiled steps ({WINDOW}), not 1.")
     events = [_device_event(record, threads, launches, operators) for record in device]
-    return Trace(training[0], training[0].named(WINDOW)[0], events)
+    collectives = [event for found in hosts.values() for event in found if event.name.startswith(GLOO)]
+    return Trace(training[0], training[0].named(WINDOW)[0], events, collectives)
 
 
 def _times(record: dict[str, Any]) -> tuple[int, int]:

@@ -53,10 +53,11 @@ def sequence(b, cu_seqlens, S, VARLEN: gl.constexpr):
 
 @gluon.jit
 def decode_tile(t, sched, num_blocks, num_heads, batch_heads, section, VARLEN: gl.constexpr, REVERSE: gl.constexpr):
-    """Tile nublocker -> (query block, sequence, head).
+    """Tile number -> (query block, sequence, head).
 
     Dense: heads vary fastest inside sections whose tensors fit in L2 together; blocks descend where later
-    ones have more work (REVERSE), so that the tail of the grid is short tiles. Varlen: ``sched`` lists the
+    ones have more work (REVERSE), so that the tail of the grid is short tiles. The heads that fill no section come
+    first: at the end they would be few tiles, the longest of which would start too late. Varlen: ``sched`` lists the
     blocks in such an order (elementwise.py), heads fastest.
     """
     if VARLEN:
@@ -64,13 +65,19 @@ def decode_tile(t, sched, num_blocks, num_heads, batch_heads, section, VARLEN: g
         return gl.load(sched + 2 * entry + 3), gl.load(sched + 2 * entry + 2), t % num_heads
     else:
         per_section = section * num_blocks
-        s = t // per_section
-        r = t % per_section
-        width = gl.minimum(section, batch_heads - s * section)
+        odd = batch_heads % section
+        first = 0
+        width = odd
+        r = t
+        if t >= odd * num_blocks:
+            s = (t - odd * num_blocks) // per_section
+            first = odd + s * section
+            width = section
+            r = t - first * num_blocks
         block = r // width
         if REVERSE:
             block = num_blocks - 1 - block
-        bh = s * section + r % width
+        bh = first + r % width
         return block, bh // num_heads, bh % num_heads
 
 

@@ -1,0 +1,103 @@
+"""The residual stream's sums and norms: x and f to x + f and its normalisation, in one pass where that can be.
+
+A block adds a branch to the stream and normalises the sum; backward, the norm's gradient is added to the stream's. Done
+apart these are passes over memory (`model.norm_kernel` counts what one kernel each way needs). `model.fused_norms` asks
+for the kernel.
+
+B batch, S sequence, E width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.errors import UserError
+from configs.schema import ModelConfig, Norm, Toggle
+from model.weight_gradient import SumsGradients
+
+
+class _AddNorm(torch.autograd.Function):
+    """x (..., E), f (..., E) or None, weight (E,), bias (E,) or None to x + f and its norm. Weight and bias get their
+    gradients from autograd, or where there are sums, these get them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        f: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        mean: bool,
+        weight_sum: Tensor | None,
+        bias_sum: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = x.flatten(0, -2)  # (B·S, E)
+        added = None if f is None else f.flatten(0, -2)
+        total, y, stats = torch.ops.flashtrain.add_norm(rows, added, weight, bias, eps, mean)
+        total = x if f is None else total.view(x.shape)
+        ctx.save_for_backward(total, weight, stats)
+        ctx.has_f, ctx.has_bias = f is not None, bias is not None
+        ctx.weight_sum, ctx.bias_sum = weight_sum, bias_sum
+        return total.view_as(total), y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        total, weight, stats = ctx.saved_tensors
+        d_x, parts = torch.ops.flashtrain.add_norm_backward(
+            d_y.flatten(0, -2), d_total.flatten(0, -2), total.flatten(0, -2), weight, stats, ctx.has_bias
+        )
+        d_x = d_x.view(total.shape)
+        sums = (ctx.weight_sum, ctx.bias_sum)
+        d_parameters: list[Tensor | None] = [None, None]
+        for index in range(2 if ctx.has_bias else 1):
+            gradient, into = parts[index].sum(0), sums[index]  # (E,) fp32
+            if into is None:
+                d_parameters[index] = gradient.to(weight.dtype)
+            else:
+                into.add_(gradient)
+        return d_x, d_x if ctx.has_f else None, *d_parameters, None, None, None, None
+
+
+class ResidualNorm(SumsGradients, nn.Module):
+    """x (B, S, E) and a branch f to add to it, or None, to x + f and its LayerNorm or RMSNorm, both (B, S, E)."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.eps, self.mean, self.fused = config.norm_eps, config.norm is Norm.layernorm, config.fused_norms
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if config.bias and self.mean else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, f: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.fused is not Toggle.off and norms_run_fused(self.fused, x.device, x.shape[-1]):
+            total, y = _AddNorm.apply(  # type: ignore[no-untyped-call]
+                x, f, self.weight, self.bias, self.eps, self.mean, self.weight_sum, self.bias_sum
+            )
+            return total, y
+        total = x if f is None else x + f
+        if self.mean:
+            return total, F.layer_norm(total, (total.shape[-1],), self.weight, self.bias, self.eps)
+        return total, F.rms_norm(total, (total.shape[-1],), self.weight, self.eps)
+
+
+def norms_run_fused(fused: Toggle, device: torch.device, width: int) -> bool:
+    """Whether `model.fused_norms` means the kernel here. Raises `UserError` for `on` where it can't run."""
+    from model import loss_kernel, norm_kernel
+
+    possible = width <= norm_kernel.MAX_WIDTH and loss_kernel.runs_on(device)
+    if fused is Toggle.on and not possible:
+        raise UserError(
+            f"model.fused_norms=on: needs a CUDA device and a width of at most {norm_kernel.MAX_WIDTH}, given "
+            f"{device.type} and {width}; use model.fused_norms=off"
+        )
+    return fused is Toggle.on or (possible and device.type == "cuda")

@@ -1,0 +1,102 @@
+"""Weight gradients summed where the optimizer keeps them, inside the product that makes them.
+
+Over the micro-batches of a step, a linear layer Y = X·Wᵀ + b needs ΣdYᵀ·X in fp32. Left to autograd, each micro-batch's
+product is written in the weights' dtype, widened, and added to the optimizer's buffer: with bf16 weights 2 bytes a
+weight to write it, 6 to widen it, 12 to add it. A matrix product can add to what its output holds, which here is the
+buffer itself: 8 bytes, inside the product and hidden behind its arithmetic. The terms also skip their rounding to bf16,
+so the sum is nearer to the exact one. The bias's gradient goes the same way: its sum over tokens is added in place.
+
+`bind_sums` gives each layer that makes such a product its part of the buffer. Autograd then gets no gradient for these
+weights, so that nothing is left to widen or add. A weight used elsewhere as well (the embedding, tied to the head) gets
+that part of its gradient from autograd as ever.
+
+The buffers are plain tensors on the modules, neither parameters nor registered buffers: checkpoints and `.to()` don't
+see them, and `torch.compile` takes them as inputs of a block's graph, so that equal blocks share one compilation.
+
+T tokens (all leading dims), I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@torch.library.custom_op("flashtrain::add_weight_gradient_", mutates_args=("total",))
+def add_weight_gradient_(total: Tensor, d_out: Tensor, x: Tensor) -> None:
+    """total (O, I) fp32 += d_out^T (O, T) · x (T, I), in one product with fp32 sums."""
+    if x.dtype is total.dtype:
+        torch.addmm(total, d_out.t(), x, out=total)
+    elif x.device.type == "cuda":
+        torch.addmm(total, d_out.t(), x, out_dtype=total.dtype, out=total)
+    else:  # PyTorch has no products of two dtypes on a CPU
+        torch.addmm(total, d_out.t().to(total.dtype), x.to(total.dtype), out=total)
+
+
+@add_weight_gradient_.register_fake
+def _add_weight_gradient_fake(total: Tensor, d_out: Tensor, x: Tensor) -> None:
+    return None
+
+
+class _SummedLinear(torch.autograd.Function):
+    """x (..., I), weight (O, I), bias (O,) to (..., O); the gradients of weight and bias go to `weight_sum` (O, I) and
+    `bias_sum` (O,), fp32, and not to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight_sum: Tensor, bias_sum: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight_sum, ctx.bias_sum = weight_sum, bias_sum
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows = d_out.flatten(0, -2)  # (T, O)
+        torch.ops.flashtrain.add_weight_gradient_(ctx.weight_sum, rows, x.flatten(0, -2))
+        if ctx.bias_sum is not None:
+            ctx.bias_sum.add_(rows.sum(0, dtype=ctx.bias_sum.dtype))
+        d_x = (rows @ weight).view(x.shape)  # (T, I) to (..., I)
+        return d_x, None, None, None, None
+
+
+def summed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, weight_sum: Tensor, bias_sum: Tensor | None
+) -> Tensor:
+    """`F.linear` whose backward adds to `weight_sum` (O, I) and `bias_sum` (O,), and gives autograd no gradient of
+    `weight` and `bias`. x (..., I) with at least two dims; (..., O)."""
+    out: Tensor = _SummedLinear.apply(x, weight, bias, weight_sum, bias_sum)  # type: ignore[no-untyped-call]
+    return out
+
+
+class SumsGradients:
+    """Mixin of the modules that can: `weight_sum` and `bias_sum` are where, None while autograd does it."""
+
+    weight: nn.Parameter
+    weight_sum: Tensor | None = None
+    bias_sum: Tensor | None = None
+
+
+def bind_sums(model: nn.Module, sums: Mapping[nn.Parameter, Tensor]) -> None:
+    """Let each layer of `model` that can add its gradients to `sums`, fp32 tensors of the parameters' shapes.
+
+    `.data` gives each part a version counter of its own. The parts are views of one flat buffer, whose common counter
+    would tell the backward of one layer that another's addition had spoiled a saved tensor.
+    """
+    for module in model.modules():
+        if isinstance(module, SumsGradients):
+            bias = getattr(module, "bias", None)
+            module.weight_sum = sums[module.weight].data
+            module.bias_sum = None if bias is None else sums[bias].data
+
+
+def release_sums(model: nn.Module) -> None:
+    """Undo `bind_sums`."""
+    for module in model.modules():
+        if isinstance(module, SumsGradients):
+            module.weight_sum = module.bias_sum = None

@@ -1,0 +1,131 @@
+"""Residual sums with their norms: the kernels (interpreted on a CPU) against fp64 and against PyTorch's own error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.errors import UserError
+from configs.schema import ModelConfig, Norm, Toggle
+from model import build_model
+from model.norm_kernel import CPU_PROGRAMS, add_norm, add_norm_backward, programs_of
+from model.residual_norm import ResidualNorm, norms_run_fused
+from tests.model.small import LLAMA, batch, small
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = (8, 48, 200)  # below, between and above powers of two
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == "cuda" else ()))
+"""Triton's interpreter cuts bf16 off where the GPU rounds to the nearest."""
+CASES = [(norm, bias) for norm in Norm for bias in (True, False)]
+
+
+def make(norm: Norm, bias: bool, width: int, fused: Toggle = Toggle.on) -> ResidualNorm:
+    """A norm whose weight and bias are not ones and zeros."""
+    config = ModelConfig(norm=norm, bias=bias, width=width, norm_eps=1e-3, fused_norms=fused)
+    module = ResidualNorm(config, width).to(DEVICE)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def run(module: ResidualNorm, given: list[Tensor], add: bool) -> dict[str, Tensor]:
+    """Outputs of the module for x, f and the gradients of its outputs, and the gradients of all inputs."""
+    dtype = module.weight.dtype
+    x, f, d_total, d_y = (t.to(dtype).detach() for t in given)
+    x.requires_grad_()
+    f.requires_grad_()
+    total, y = module(x, f if add else None)
+    torch.autograd.backward((total, y), (d_total, d_y))
+    found = {"total": total, "y": y, "d_x": x.grad, "d_weight": module.weight.grad}
+    if add:
+        found["d_f"] = f.grad
+    if module.bias is not None:
+        found["d_bias"] = module.bias.grad
+    assert all(t is not None and t.dtype is dtype for t in found.values())
+    return {name: t.detach().double() for name, t in found.items()}
+
+
+@pytest.mark.parametrize(("norm", "bias"), CASES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_fp64(norm: Norm, bias: bool, width: int, add: bool, dtype: torch.dtype) -> None:
+    """At most one and a half times PyTorch's error in the same dtype, or fp32's rounding; a mean far from zero."""
+    torch.manual_seed(width)
+    given = [(torch.randn(2, 7, width, device=DEVICE) + 3 * (i < 2)).to(dtype) for i in range(4)]
+    module = make(norm, bias, width).to(dtype)
+    plain, exact = (make(norm, bias, width, Toggle.off) for _ in range(2))
+    for other in (plain, exact):
+        other.load_state_dict(module.state_dict())
+    ours, theirs = run(module, given, add), run(plain.to(dtype), given, add)
+    if add and dtype is not torch.float32:  # the exact norm is that of the rounded sum
+        rounded = (given[0] + given[1]).double()
+        given = [rounded, torch.zeros_like(rounded), *given[2:]]
+    truth = run(exact.double(), given, add)
+    for name, value in ours.items():
+        error, theirs_error = (value - truth[name]).norm(), (theirs[name] - truth[name]).norm()
+        assert error <= 1.5 * theirs_error + 2e-6 * truth[name].norm(), name
+
+
+@pytest.mark.parametrize("rows", [1, CPU_PROGRAMS, 10])
+@pytest.mark.parametrize("stream", [True, False])
+def test_operators(rows: int, stream: bool) -> None:
+    """Declarations hold for any number of rows, and each row's part reaches the parameters' gradients once."""
+    x, f, d_y, d_sum = torch.randn(4, rows, 24, device=DEVICE)
+    weight, bias = torch.randn(2, 24, device=DEVICE)
+    torch.library.opcheck(add_norm, (x, f if stream else None, weight, bias, 1e-5, True))
+    total, _, stats = add_norm(x, f, weight, bias, 1e-5, True)
+    arguments = (d_y, d_sum if stream else None, total, weight, stats, True)
+    torch.library.opcheck(add_norm_backward, arguments)
+    d_x, parts = add_norm_backward(*arguments)
+    assert parts.shape == (2, programs_of(rows, x.device), 24)
+    leaf = total.double().requires_grad_()
+    w, b = weight.double().requires_grad_(), bias.double().requires_grad_()
+    F.layer_norm(leaf, (24,), w, b).backward(d_y.double())
+    assert leaf.grad is not None
+    torch.testing.assert_close(d_x.double(), leaf.grad + (d_sum if stream else 0.0), rtol=1e-4, atol=1e-5)
+    for part, gradient in zip(parts, (w.grad, b.grad), strict=True):
+        torch.testing.assert_close(part.double().sum(0), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA, {"bias": False}], ids=["gpt2", "llama", "no-bias"])
+def test_model(options: dict[str, Any]) -> None:
+    """A model with the kernels has the loss and the gradients of one without; so have compiled blocks."""
+    config = small(**options, fused=Toggle.off)
+    tokens, targets = (t.to(DEVICE) for t in batch(config))
+    found = []
+    for fused, compiled in ((Toggle.off, False), (Toggle.on, False), (Toggle.on, True)):
+        config.fused_norms = fused
+        torch.manual_seed(0)
+        model = build_model(config).to(DEVICE)
+        if compiled:
+            torch._dynamo.reset()
+            for block in model.blocks:
+                block.compile(backend="aot_eager", fullgraph=True)
+        loss = model(tokens, targets)[0]
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=0)
+        for name, gradient in gradients.items():
+            expected = found[0][1][name]
+            assert gradient is not None
+            assert expected is not None
+            assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
+
+
+def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert norms_run_fused(Toggle.auto, torch.device("cuda"), 2560)
+    assert not norms_run_fused(Toggle.auto, torch.device("cuda"), 20000)
+    assert not norms_run_fused(Toggle.auto, cpu, 2560)
+    with pytest.raises(UserError, match=r"model\.fused_norms=on: needs .* use model\.fused_norms=off"):
+        norms_run_fused(Toggle.on, cpu, 2560)
+    with pytest.raises(UserError, match="width of at most 16384, given cuda and 20000"):
+        norms_run_fused(Toggle.on, torch.device("cuda"), 20000)

@@ -1,0 +1,114 @@
+"""The bytes that `training.forecast` says ranks send are those that they send."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import socket
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.schema import Device, Precision, RunConfig
+from tests.training.conftest import make_batch, make_model, run_config
+from training import backend, distributed
+from training.batch import data_ranks, resolve_batch
+from training.distributed import Processes
+from training.engine import build_engine
+from training.forecast import Job, traffic
+
+STAGES = (0, 1, 2, 3)
+GRADIENTS, WEIGHTS, HEADS = "gradients", "weights", "heads"
+KINDS = {
+    "all_reduce": (GRADIENTS, 2.0),
+    "reduce_scatter_tensor": (GRADIENTS, 1.0),
+    "reduce": (GRADIENTS, 1.0),
+    "all_gather_into_tensor": (WEIGHTS, 1.0),
+    "all_gather": (WEIGHTS, 1.0),
+    "all_to_all_single": (HEADS, 1.0),
+}
+"""Collective → what it moves, and how often around a ring."""
+
+
+def count_bytes(sent: Counter[str]) -> None:
+    """Have each collective add the bytes that it sends to `sent`."""
+
+    def counted(name: str) -> Any:
+        plain, signature = getattr(dist, name), inspect.signature(inspect.unwrap(getattr(dist, name)))
+        kind, rounds = KINDS[name]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            size = dist.get_world_size(given.get("group"))
+            whole = max((v.numel() * v.element_size() for v in given.values() if isinstance(v, Tensor)), default=0)
+            sent[kind] += int(whole * rounds * (size - 1) / size)
+            return plain(*args, **kwargs)
+
+        return call
+
+    for name in KINDS:
+        setattr(dist, name, counted(name))
+
+
+def config_of(stage: int) -> RunConfig:
+    config = run_config(stage, accumulation=3, micro=1, sequence_parallel_size=2)
+    config.engine.precision = Precision.bf16
+    return config
+
+
+def bytes_of_a_step(stage: int, own: Processes, sent: Counter[str]) -> dict[str, int]:
+    config = config_of(stage)
+    one = build_engine(make_model(config), config, resolve_batch(config.train, data_ranks(config.engine, 2)), own)
+    for step in range(3):  # ZeRO-3 traces the first ones
+        sent.clear()
+        one.train_step(make_batch(step, config), 1e-2)  # type: ignore[arg-type]
+    one.close()
+    return dict(sent)
+
+
+def rank_main(rank: int, port: int, answers: Any) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    sent: Counter[str] = Counter()
+    count_bytes(sent)  # before DeepSpeed looks the collectives up
+    own = distributed.init(Device.cpu)
+    nothing = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    backend.gathering = lambda _: nothing | {"stage3_prefetch_bucket_size": 0}  # small weights travel as large ones
+    found = {stage: bytes_of_a_step(stage, own, sent) for stage in STAGES}
+    own.barrier()
+    own.close()
+    if rank == 0:
+        answers.put(found)
+
+
+@pytest.fixture(scope="module")
+def sent() -> dict[int, dict[str, int]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(rank, port, answers)) for rank in range(2)]
+    for one in ranks:
+        one.start()
+    found: dict[int, dict[str, int]] = answers.get(timeout=300)
+    for one in ranks:
+        one.join(timeout=30)
+        assert one.exitcode == 0
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_sends_what_was_predicted(sent: dict[int, dict[str, int]], stage: int) -> None:
+    """But for what isn't proportional to the model: the loss, the norm, whether to step. At most 64 bytes."""
+    config = config_of(stage)
+    expected = traffic(Job(config.model, config.engine, 2, 1, 3, world_size=2, overlapped=False))
+    assert sent[stage].get(WEIGHTS, 0) == expected.weights
+    assert sent[stage][HEADS] == expected.heads
+    assert 0 <= sent[stage][GRADIENTS] - expected.gradients <= 64

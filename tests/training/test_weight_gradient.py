@@ -1,0 +1,320 @@
+"""`engine.fuse_weight_gradients`: sums made inside the products, against those that autograd and the engine make."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.errors import UserError
+from configs.schema import Device, Precision, Recompute, RunConfig, Toggle
+from model.init import Linear
+from model.loss import Head
+from model.weight_gradient import add_weight_gradient_
+from tests.training.conftest import Reference, make_batch, make_engine, make_model, run_config, train
+from training import distributed
+from training.distributed import Processes
+from training.engine import Engine
+
+Build = Callable[[RunConfig], Engine]
+STAGES = (0, 1)
+
+
+@pytest.fixture
+def build(processes: Processes) -> Iterator[Build]:
+    """Makes engines that are closed after the test."""
+    made: list[Engine] = []
+
+    def make(config: RunConfig) -> Engine:
+        made.append(make_engine(config, processes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def bf16_config(stage: int, accumulation: int = 2, fuse: Toggle = Toggle.on, **engine: Any) -> RunConfig:
+    """Eight samples a step in so many micro-batches, in bf16."""
+    config = run_config(stage, accumulation=accumulation, micro=8 // accumulation, fuse_weight_gradients=fuse, **engine)
+    config.engine.precision = Precision.bf16
+    return config
+
+
+def sums_of(one: Engine) -> dict[str, Tensor]:
+    """Copies of the summed gradients by parameter name."""
+    names = {parameter: name for name, parameter in one.module.named_parameters()}
+    return {names[parameter]: total.clone() for parameter, total in one.partition.sums().items()}
+
+
+def accumulated(one: Engine, step: int = 0) -> dict[str, Tensor]:
+    """The gradients of one batch."""
+    one.accumulate(make_batch(step, one.config))  # type: ignore[arg-type]
+    return sums_of(one)
+
+
+def terms_of(config: RunConfig) -> dict[str, list[Tensor]]:
+    """Each micro-batch's gradient as autograd alone makes it, bf16, by parameter name."""
+    model, batch = Reference(config).model.to(torch.bfloat16), make_batch(0, config)
+    found: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for micro in batch.micro_batches:
+        model.zero_grad()
+        (model(micro.tokens, micro.targets).sum() * (1 / batch.valid_tokens)).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            found[name].append(parameter.grad.clone())
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_sums_differ_from_autograds_by_its_rounding(build: Build, stage: int, accumulation: int, tied: bool) -> None:
+    """Each of autograd's terms is rounded to bf16, by at most 2^-8 of it. A tied embedding's are two parts added, each
+    rounded before, which may cancel: there the largest element is the measure."""
+    config = bf16_config(stage, accumulation)
+    config.model.tied_embeddings = tied
+    fused = accumulated(build(config))
+    config.engine.fuse_weight_gradients = Toggle.off
+    plain, terms = accumulated(build(config)), terms_of(config)
+    assert fused.keys() == plain.keys() == terms.keys()
+    for name, total in fused.items():
+        exactly = torch.stack(terms[name]).float()
+        torch.testing.assert_close(plain[name], exactly.sum(0), rtol=1e-5, atol=1e-8)
+        assert total.abs().max() > 0
+        size = exactly.abs().sum(0)
+        slack = 2**-8 * (size.max() if tied and name == "embedding.weight" else size + size.mean())
+        assert ((total - plain[name]).abs() <= slack).all(), name
+    layers = [name for name, m in make_model(config).named_modules() if isinstance(m, Linear | Head)]
+    names = [f"{layer}.weight" for layer in layers if f"{layer}.weight" in fused]
+    assert len(names) >= 8
+    assert all(not torch.equal(fused[name], plain[name]) for name in names)  # unrounded: the path was taken
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sums_are_those_of_exact_products(build: Build, stage: int) -> None:
+    """What each linear layer adds is the fp64 product of its input and its output's gradient, but for fp32 rounding."""
+    one = build(bf16_config(stage, 4))
+    seen: dict[str, dict[str, list[Tensor]]] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        seen[name] = {"x": [], "d": []}
+        module.register_forward_pre_hook(lambda _, inputs: seen[name]["x"].append(inputs[0].detach().double()))
+        module.register_full_backward_hook(lambda _, __, grads: seen[name]["d"].append(grads[0].double()))
+
+    for name, module in one.module.named_modules():
+        if isinstance(module, Linear):
+            watch(name, module)
+    sums = accumulated(one)
+    assert len(seen) == 4 * 2
+    for name, got in seen.items():
+        assert len(got["x"]) == len(got["d"]) == 4
+        product = sum(d.flatten(0, 1).t() @ x.flatten(0, 1) for x, d in zip(got["x"], got["d"], strict=True))
+        bias = sum(d.sum((0, 1)) for d in got["d"])
+        for kind, exact in (("weight", product), ("bias", bias)):
+            assert isinstance(exact, Tensor)
+            error = (sums[f"{name}.{kind}"] - exact).abs().max()
+            assert error <= 1e-5 * exact.abs().max(), f"{name}.{kind}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_uses_and_empties_the_sums(build: Build, stage: int) -> None:
+    one = build(bf16_config(stage))
+    expected = torch.cat([total.flatten() for total in accumulated(build(bf16_config(stage))).values()]).double().norm()
+    result = train(one, 0, 1)[0]
+    assert result.grad_norm == pytest.approx(expected.item(), rel=1e-6)
+    assert result.updated
+    assert not any(total.any() for total in sums_of(one).values())
+    assert all(parameter.grad is None for parameter in one.module.parameters())
+
+
+class Passes(TorchDispatchMode):
+    """Counts the elements that are emptied and whose norm is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emptied, self.measured = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.zero_, torch.ops.aten.fill_):
+            self.emptied += args[0].numel()
+        if packet in (torch.ops.aten.linalg_vector_norm, torch.ops.aten.norm):
+            self.measured += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_update_empties_the_sums_once_and_measures_nothing(build: Build, stage: int) -> None:
+    one = build(bf16_config(stage))
+    train(one, 0, 1)
+    count = sum(total.numel() for total in accumulated(one, 1).values())
+    with Passes() as passes:
+        one.update(one.config.optim.lr, 1.0)
+    assert count <= passes.emptied <= 1.01 * count
+    assert passes.measured <= 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_course_of_training(build: Build, stage: int) -> None:
+    """The losses of twelve steps are those of the plain path, up to what bf16 rounding makes of them."""
+    config = bf16_config(stage)
+    fused = train(build(config), 0, 12)
+    config.engine.fuse_weight_gradients = Toggle.off
+    plain = train(build(config), 0, 12)
+    for left, right in zip(fused, plain, strict=True):
+        assert left.loss == pytest.approx(right.loss, rel=3e-3)
+        assert left.grad_norm == pytest.approx(right.grad_norm, rel=3e-2)
+    assert [r.loss for r in fused] != [r.loss for r in plain]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputed_blocks_add_once(build: Build, stage: int) -> None:
+    config = bf16_config(stage)
+    plain = accumulated(build(config))
+    config.engine.recompute = Recompute.block
+    recomputed = accumulated(build(config))
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_equal_blocks_share_one_compilation(build: Build, stage: int) -> None:
+    """No graph break, one graph for all blocks, none made anew in later steps; the sums are those of eager blocks."""
+    eager, compiled = build(bf16_config(stage)), build(bf16_config(stage))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in compiled.module.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        expected, got = accumulated(eager, step), accumulated(compiled, step)
+        for name, total in got.items():
+            assert (total - expected[name]).abs().max() <= 0.05 * expected[name].abs().max(), name
+        for one in (eager, compiled):
+            one.update(one.config.optim.lr, 1.0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_where_it_is_possible(build: Build) -> None:
+    """`auto` takes it there and nowhere else, `on` refuses elsewhere, closing the engine gives the layers back."""
+
+    def takes_it(config: RunConfig) -> bool:
+        modules = [m for m in build(config).module.modules() if isinstance(m, Linear | Head)]
+        assert len({m.weight_sum is None for m in modules}) == 1
+        return modules[0].weight_sum is not None
+
+    for stage in STAGES:
+        assert takes_it(bf16_config(stage, fuse=Toggle.auto))
+        assert not takes_it(bf16_config(stage, fuse=Toggle.off))
+    fp32 = run_config(0)
+    bf16_sums = bf16_config(1, fp32_accumulation=False)
+    impossible = [fp32, bf16_sums, bf16_config(2), bf16_config(3), bf16_config(1, offload_optimizer=True)]
+    for config in impossible:
+        config.engine.fuse_weight_gradients = Toggle.on
+        with pytest.raises(UserError, match=r"engine\.fuse_weight_gradients=on: needs .* or off"):
+            build(config)
+        config.engine.fuse_weight_gradients = Toggle.auto
+        assert not takes_it(config)
+    one = build(bf16_config(1))
+    model = one.module
+    one.close()
+    assert all(m.weight_sum is None and m.bias_sum is None for m in model.modules() if isinstance(m, Linear | Head))
+
+
+def test_operator() -> None:
+    """Its declarations hold: schema, fake kernel, behaviour under AOT dispatch; and what it adds is the product."""
+    for dtype in (torch.bfloat16, torch.float32):
+        d_out, x = torch.randn(24, 8).to(dtype), torch.randn(24, 16).to(dtype)
+        total = torch.randn(8, 16)
+        torch.library.opcheck(add_weight_gradient_, (total.clone(), d_out, x))
+        expected = total.double() + d_out.double().t() @ x.double()
+        add_weight_gradient_(total, d_out, x)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def rank_main(rank: int, world_size: int, port: int, answers: Any) -> None:
+    """One of the ranks: the norm, the loss and the reduced sums of a step, at each stage."""
+    import os
+
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = distributed.init(Device.cpu, timeout_minutes=0.5)
+    found = {}
+    for stage in STAGES:
+        config = bf16_config(stage, 4)
+        config.train.accumulation_steps = 4 // world_size
+        one = make_engine(config, own)
+        one.accumulate(make_batch(0, config, rank, world_size))  # type: ignore[arg-type]
+        sums = {name: total.numpy() for name, total in sums_of(one).items()}
+        one.partition.drop()
+        result = train(one, 0, 1)[0]
+        found[stage] = (result.loss, result.grad_norm, sums)
+        one.close()
+    own.close()
+    answers.put((rank, found))
+
+
+def run_ranks(world_size: int) -> dict[int, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(rank, world_size, port, answers)) for rank in range(world_size)]
+    for one in ranks:
+        one.start()
+    found = dict(answers.get(timeout=240) for _ in ranks)
+    for one in ranks:
+        one.join(timeout=30)
+        assert one.exitcode == 0
+    return found
+
+
+def test_ranks_reduce_the_sums() -> None:
+    """Two ranks with two micro-batches each have, after the reduction, what one rank has from all four."""
+    alone, both = run_ranks(1)[0], run_ranks(2)
+    for stage in STAGES:
+        loss, norm, sums = alone[stage]
+        for rank in (0, 1):
+            rank_loss, rank_norm, rank_sums = both[rank][stage]
+            assert rank_loss == pytest.approx(loss, rel=1e-6)
+            assert rank_norm == pytest.approx(norm, rel=1e-5)
+            for name, total in sums.items():
+                assert abs(rank_sums[name] - total).max() <= 1e-5 * abs(total).max() + 1e-9, name
+
+
+@pytest.mark.gpu
+def test_operator_on_a_gpu() -> None:
+    """cuBLAS sums bf16 products in fp32 into fp32, also from transposed and sliced rows."""
+    d_out, x = torch.randn(4096, 3 * 512, device="cuda").bfloat16(), torch.randn(4096, 512, device="cuda").bfloat16()
+    total = torch.randn(512, 512, device="cuda")
+    for rows in (d_out[:, :512].contiguous(), d_out[:, 512:1024], d_out[:, 1024:].t().contiguous().t()):
+        got = total.clone()
+        add_weight_gradient_(got, rows, x)
+        exact = total.double() + rows.double().t() @ x.double()
+        rounded = total.double() + (rows.t() @ x).double()
+        assert (got - exact).norm() <= 0.1 * (rounded - exact).norm()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fused_norms_add_to_the_sums(build: Build, stage: int) -> None:
+    """With `model.fused_norms` every weight of a block is summed in place: autograd has gradients of the rest only."""
+    config = bf16_config(stage)
+    expected = accumulated(build(config))
+    config.model.fused_norms = Toggle.on
+    one = build(config)
+    given: set[str] = set()
+    for name, parameter in one.module.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: None if gradient is None else given.add(name))
+    got = accumulated(one)
+    for name, total in got.items():  # Triton's interpreter cuts bf16 off
+        assert (total - expected[name]).abs().max() <= 0.1 * expected[name].abs().max(), name
+    assert given == {"embedding.weight", "position.weight", "norm.weight", "norm.bias"}

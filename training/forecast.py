@@ -1,0 +1,168 @@
+"""How long a step takes on W devices, on paper: one device's measured speed, and the bytes that the others add.
+
+    step = compute + what communication no computation hides
+
+Compute is what one device takes alone for a rank's tokens, a third of it forward and two thirds backward. A rank sends
+and receives, for N weights of e bytes each and gradients summed in g bytes, W ranks, A micro-batches, as DeepSpeed 0.19
+does it (a reduction to all ranks is a reduce-scatter and a gather, so twice the bytes):
+
+    stage 0    2·g·N               after the last backward pass, hidden by nothing
+    stage 1    2·g·N, and e·N      the same, then the weights are gathered after the update
+    stage 2    2·g·N·A, and e·N    reduced in each backward pass, beside it; gathered after the update
+    stage 3    g·N·A, and 2·e·N·A  blocks gathered ahead in both passes, reduced beside the backward pass
+
+each times (W-1)/W. Sequence parallelism of P ranks exchanges, a layer and token of a rank, (2·H + 2·max(K, P))·D
+elements forward and as many backward, times (P-1)/P, and attention waits for each.
+
+In a ring each byte is passed on at the slowest link's rate: the one inside a node as long as all ranks are in it, else
+the one between nodes. Each message passes W-1 links and so has their latencies. Of what is hidden, the first or last
+block's share is not: there is nothing yet, or no longer, to compute beside it.
+
+Not in it: stragglers, a shared network's other users, links that computation on the same device slows down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.schema import EngineConfig, ModelConfig, Recompute
+from model.dimensions import resolve_dimensions
+from model.flops import parameter_counts
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices and what joins them."""
+
+    tokens_per_s: float
+    """Of one device alone, with the same micro-batch."""
+    link_gb_per_s: float
+    """10^9 bytes/s that a device sends to its neighbour in a ring inside a node, while it receives as much."""
+    network_gb_per_s: float
+    """The same between nodes, for each device."""
+    node_size: int
+    """Devices in a node."""
+    latency_us: float
+    """Microseconds for a message to pass one link."""
+
+    def rate(self, ranks: int) -> float:
+        """Bytes/s of a ring of neighbouring `ranks`."""
+        slowest = self.link_gb_per_s if ranks <= self.node_size else min(self.link_gb_per_s, self.network_gb_per_s)
+        return slowest * 1e9
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how it is spread out."""
+
+    model: ModelConfig
+    """With its vocabulary."""
+    engine: EngineConfig
+    element_bytes: int
+    """Of a weight and an activation."""
+    micro_batch_size: int
+    accumulation_steps: int
+    world_size: int
+    overlapped: bool
+    """Whether communication runs beside computation (`engine.overlap_comm` on GPUs)."""
+
+    @property
+    def micro_batch_tokens(self) -> float:
+        """Tokens of a micro-batch on one rank."""
+        return self.micro_batch_size * self.model.sequence_length / self.engine.sequence_parallel_size
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes a rank sends in a step (and receives)."""
+
+    gradients: float
+    weights: float
+    heads: float
+    """Sequence parallelism's exchanges."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.gradients + self.weights + self.heads
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A step on paper; times in seconds."""
+
+    traffic: Traffic
+    compute_s: float
+    communication_s: float
+    """All of it, hidden or not."""
+    exposed_s: float
+    """What no computation hides."""
+
+    @property
+    def step_time_s(self) -> float:
+        """Wall time of a step."""
+        return self.compute_s + self.exposed_s
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens/s per device relative to one device alone."""
+        return self.compute_s / self.step_time_s
+
+
+def traffic(job: Job) -> Traffic:
+    """Bytes of a step, by the table above."""
+    count = parameter_counts(job.model).total
+    ring = (job.world_size - 1) / job.world_size
+    summed = 4 if job.engine.fp32_accumulation else job.element_bytes
+    repeats = job.accumulation_steps
+    gradients = {0: 2 * summed, 1: 2 * summed, 2: 2 * summed * repeats, 3: summed * repeats}[job.engine.zero_stage]
+    weights = {0: 0, 1: 1, 2: 1, 3: 2 * repeats}[job.engine.zero_stage] * job.element_bytes
+    return Traffic(ring * count * gradients, ring * count * weights, _exchanged(job))
+
+
+def _exchanged(job: Job) -> float:
+    """Bytes of sequence parallelism: queries, keys, values and the output, forward, backward and recomputed."""
+    sizes, ranks = resolve_dimensions(job.model), job.engine.sequence_parallel_size
+    columns = (2 * sizes.num_heads + 2 * max(sizes.num_kv_heads, ranks)) * sizes.head_dim
+    passes = 2 if job.engine.recompute is Recompute.none else 3
+    elements = job.accumulation_steps * job.micro_batch_tokens * sizes.num_layers * columns * passes
+    return elements * job.element_bytes * (ranks - 1) / ranks
+
+
+def forecast(job: Job, cluster: Cluster) -> Forecast:
+    """A step of `job` on `cluster`."""
+    sent = traffic(job)
+    micro_s = job.micro_batch_tokens / cluster.tokens_per_s
+    repeats, rate = job.accumulation_steps, cluster.rate(job.world_size)
+    gradients, weights = sent.gradients / rate, sent.weights / rate
+    heads = sent.heads / cluster.rate(job.engine.sequence_parallel_size)
+    waits = _latency(job, cluster)
+    whole = gradients + weights + heads + waits
+    if job.engine.zero_stage < 2 or not job.overlapped:
+        exposed = whole
+    elif job.engine.zero_stage == 2:
+        exposed = heads + weights + repeats * _left(gradients / repeats + waits / repeats, micro_s * 2 / 3, job)
+    else:
+        half = (weights + waits) / 2 / repeats  # gathered in a forward pass, and again in the backward pass
+        forward, backward = half, half + gradients / repeats
+        exposed = heads + repeats * (_left(forward, micro_s / 3, job) + _left(backward, micro_s * 2 / 3, job))
+    return Forecast(sent, repeats * micro_s, whole, exposed)
+
+
+def _left(communication_s: float, compute_s: float, job: Job) -> float:
+    """What is left of communication beside computation: the excess, or at least one block's share."""
+    return max(communication_s - compute_s, communication_s / job.model.num_layers)
+
+
+def _latency(job: Job, cluster: Cluster) -> float:
+    """Seconds that a step's messages are under way, whatever their size."""
+    engine, repeats = job.engine, job.accumulation_steps
+    buckets = -(-parameter_counts(job.model).total // engine.bucket_size)
+    # Reductions to all ranks go around twice. Stage 3 sends a message a block and direction.
+    rounds = {0: 2 * buckets, 1: 3 * buckets, 2: (2 * repeats + 1) * buckets, 3: 3 * repeats * job.model.num_layers}
+    return rounds[engine.zero_stage] * (job.world_size - 1) * cluster.latency_us * 1e-6
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """Bytes of a checkpoint on the disk: fp32 masters and two moments."""
+    return 12 * parameter_counts(job.model).total
