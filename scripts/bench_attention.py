@@ -144,6 +144,7 @@ def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
 def portable_tiles(changes: dict[str, Any]) -> Iterator[None]:
     """The portable path's tile tables with these fields, ``<forward | dq | dkdv>_<field of Tile>``, changed for every
     width and architecture."""
+    from kernels.attention import op
     from kernels.attention.portable import tuning
 
     tables = (tuning.HOPPER, tuning.AMPERE, tuning.DROPOUT)
@@ -156,11 +157,13 @@ def portable_tiles(changes: dict[str, Any]) -> Iterator[None]:
         for name, value in changes.items():
             kernel, field = known[name]
             table[kernel] = tuple(dataclasses.replace(tile, **{field: value}) for tile in table[kernel])
+    op.forget()
     try:
         yield
     finally:
         for table, old in zip(tables, before, strict=True):
             table.update(old)
+        op.forget()
 
 
 TILES: dict[str, Callable[[dict[str, Any]], contextlib.AbstractContextManager[None]]] = {

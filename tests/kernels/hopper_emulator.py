@@ -292,7 +292,8 @@ def _pack(args: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 _memory = threading.Lock()
 reductions: list[tuple[int, int]] = []
-"""(first coordinate, CTA) of every reduction of the last launch, in the order in which memory saw them."""
+"""(first coordinate, CTA) of every addition to dQ sums, or store, of the last launch, in the order in which memory saw
+them."""
 
 
 def _namespace(cta: Cta) -> dict[str, Any]:
@@ -313,15 +314,21 @@ def _namespace(cta: Cta) -> dict[str, Any]:
 
     def tma_store(desc: Descriptor, coords: list[int], tile: Shared) -> None:
         offset, inside = desc.place(coords)
+        if len(coords) == 2:  # dQ sums
+            delay()
+            reductions.append((int(coords[0]), int(cta.program)))
         desc.elements()[offset[inside]] = tile.data[inside]
 
     def tma_reduce_add(desc: Descriptor, coords: list[int], tile: Shared) -> None:
         offset, inside = desc.place(coords)
-        if resident > 1:
-            time.sleep(random.random() * 5e-3)
+        delay()
         with _memory:
             desc.elements()[offset[inside]] += tile.data[inside]
             reductions.append((int(coords[0]), int(cta.program)))
+
+    def delay() -> None:
+        if resident > 1:
+            time.sleep(random.random() * 5e-3)
 
     def pass_turn(turn: Pointer) -> None:
         with _memory:
@@ -362,8 +369,8 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         "tma_load": tma_load, "tma_store": tma_store, "tma_reduce_add": tma_reduce_add,
         "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "fence_async_shared": lambda: None,
         "partition_barrier": lambda: None,
-        "pass_turn": pass_turn,
-        "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) == int(rank), f"turn {int(rank)}"),
+        "pass_turn": pass_turn, "wait_previous_kernel": lambda: None,
+        "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) >= int(rank), f"turn {int(rank)}"),
         "named_barrier_sync": lambda i, n: cta.named_barrier(i, n, True),
         "named_barrier_arrive": lambda i, n: cta.named_barrier(i, n, False),
     }  # fmt: skip
@@ -403,7 +410,7 @@ class EmulatedKernel:
         self.module, self.name = module, name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*, num_warps: int, enable_fp_fusion: bool, **kwargs: Any) -> None:
+        def launch(*, num_warps: int, enable_fp_fusion: bool, launch_pdl: bool = False, **kwargs: Any) -> None:
             args = {key: _argument(x) for key, x in kwargs.items()}
             reductions.clear()
 

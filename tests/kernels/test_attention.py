@@ -198,6 +198,10 @@ def test_gradients_only_where_required(needed: tuple[bool, ...], monkeypatch: py
             assert torch.equal(tensor.grad, true)
 
 
+def test_deterministic_is_the_same_formula() -> None:
+    check_dense(Case(30, 40, 16, options={"causal": True, "deterministic": True}))
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.1}], ids=str)
 def test_repeatable(options: dict[str, Any]) -> None:
     """Bitwise, without ``deterministic=True`` too."""

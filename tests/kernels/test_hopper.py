@@ -206,11 +206,11 @@ def fixed_order_case(case: Case) -> Callable[[], tuple[Tensor, ...]]:
     """A backward in fixed order, to be repeated."""
     q, k, v, dout, params, extras = inputs(case)
     params = replace(params, deterministic=True)
-    out, lse = hopper.forward(q, k, v, params, extras)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
 
     def gradients() -> tuple[Tensor, ...]:
         grads = [torch.full(t.shape, 7.0, dtype=t.dtype) for t in (q, k, v)]  # varlen: rows of no sequence keep it
-        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras)
+        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
         return tuple(grads)
 
     return gradients
@@ -244,12 +244,32 @@ def test_deterministic_sums_in_ascending_order(case: Case, emulated: None, monke
         assert seen == order
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     q, k, v, dout, params, extras = inputs(case)
-    out, lse = hopper.forward(q, k, v, params, extras)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
     plain = [torch.empty_like(t) for t in (q, k, v)]
-    hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras)
+    hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras, {})
     for rows, keys, _ in sequences(case, extras):
         for a, b, i in zip(want, plain, (rows, keys, keys), strict=True):
             torch.testing.assert_close(a[i], b[i], atol=0.02, rtol=0.02)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("case", FIXED_ORDER, ids=str)
+def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that were never zeroed: the first key block comes before the others, and nobody looks at what none wrote."""
+    q, k, v, dout, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+    plain, stored = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
+    hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras, {})
+    monkeypatch.setitem(tuning.BACKWARD, 64, replace(tuning.BACKWARD[64], first_stores=True))
+    monkeypatch.setattr(hopper_emulator, "HANG_S", 20.0)
+    scratch = launch._scratch
+    monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
+    for resident in (1, 5):
+        monkeypatch.setattr(hopper_emulator, "resident", resident)
+        hopper.backward(dout, q, k, v, out, lse, None, *stored, params, extras, {})
+        for rows, keys, _ in sequences(case, extras):
+            for a, b, i in zip(stored, plain, (rows, keys, keys), strict=True):
+                torch.testing.assert_close(a[i], b[i], atol=0.02, rtol=0.02)
 
 
 @NEEDS_INTERPRETER
@@ -352,6 +372,19 @@ def test_supports(change: dict[str, Any], reason: str | None) -> None:
     answer = hopper.supports(replace(PROBLEM, **change))
     assert (answer is None) == (reason is None), answer
     assert reason is None or reason in str(answer)
+
+
+def test_overlapping_kernels_are_dense_and_launched_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels wait for their predecessors (PDL) exactly where they may start early, and varlen never does."""
+    monkeypatch.setitem(tuning.BACKWARD, 64, replace(tuning.BACKWARD[64], pdl=True))
+    for case, overlaps in ((CASES[0], True), (Case(((100, 100),), varlen=True), False)):
+        q, k, v, dout, params, extras = inputs(case)
+        lse = torch.empty(q.shape[1], q.shape[0]) if case.varlen else torch.empty(q.shape[0], q.shape[2], q.shape[1])
+        plan = launch._plan_backward(dout, q, k, v, q, lse, None, q, k, v, params, extras)
+        assert plan.postprocess is not None
+        assert [p._fixed["PDL"] for p in (plan.preprocess, plan.main, plan.postprocess)] == [overlaps] * 3
+        assert [bool(p._options.get("launch_pdl")) for p in (plan.main, plan.postprocess)] == [overlaps] * 2
+        assert "launch_pdl" not in plan.preprocess._options, "what ran before the backward has ended when it starts"
 
 
 def test_unaddressable_tensors() -> None:

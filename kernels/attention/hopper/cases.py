@@ -70,9 +70,9 @@ def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, 
 
 
 def backward_source(
-    width: int, tile: tuning.BackwardTile, dtype: str, mask: str, varlen: bool, deterministic: bool = False
+    width: int, tile: tuning.BackwardTile, dtype: str, mask: str, varlen: bool, order: str = "free"
 ) -> ASTSource:
-    """The backward kernel in one configuration."""
+    """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
     block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
@@ -94,10 +94,12 @@ def backward_source(
         "VARLEN": varlen,
         "LEFT": left,
         "RIGHT": right,
-        "DETERMINISTIC": deterministic,
+        "FIRST_STORES": order != "free",
+        "DETERMINISTIC": order == "deterministic",
+        "PDL": tile.pdl and not varlen,
     }
     absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
-        {} if deterministic else {"turns": None}
+        {} if order != "free" else {"turns": None}
     )
     return source(backward_kernel, types, constants | absent)
 
@@ -126,10 +128,10 @@ def compile_cases() -> list[CompileCase]:
             name = f"hopper.backward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
             make = _bind(backward_source, width, backward_tile, dtype, mask, varlen)
             cases.append(CompileCase(name, make, 8, quick=_quick(width, mask, varlen, dtype)))
-            if dtype == "bf16":  # the fixed order of dQ's sums differs outside the products only
-                make = _bind(backward_source, width, backward_tile, dtype, mask, varlen, True)
-                cases.append(CompileCase(name.replace("backward", "backward_deterministic"), make, 8))
-    common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True}
+            for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
+                make = _bind(backward_source, width, backward_tile, dtype, mask, varlen, order)
+                cases.append(CompileCase(name.replace("backward", f"backward_{order}"), make, 8))
+    common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True, "PDL": False}
     small: dict[str, tuple[Any, dict[str, Any], int]] = {
         "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),
         "preprocess": (backward_preprocess, {**common, "BLOCK": 64, "HAS_DLSE": True}, 8),

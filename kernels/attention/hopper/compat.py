@@ -46,14 +46,21 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
     )
 
 
+@gluon.jit
+def wait_previous_kernel():
+    """Wait until the kernel before this one in the stream has ended and its writes can be seen. Returns at once unless
+    this kernel was launched with ``launch_pdl``."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # Turns: a count in global memory that orders additions by several CTAs. Both run in a partition of one warp.
 @gluon.jit
 def wait_turn(turn, rank):
-    """Wait until ``turn`` (int32 pointer) holds ``rank``; what its writers did before is then visible, to the copy
-    engine too."""
+    """Wait until ``turn`` (int32 pointer) holds ``rank`` or more; what its writers did before is then visible, to the
+    copy engine too."""
     gl.inline_asm_elementwise(
         "{ .reg .pred %again; .reg .s32 %seen; POLL: ld.acquire.gpu.global.s32 %seen, [$1]; "
-        "setp.ne.s32 %again, %seen, $2; @%again bra POLL; fence.proxy.async; mov.u32 $0, 0; }",
+        "setp.lt.s32 %again, %seen, $2; @%again bra POLL; fence.proxy.async; mov.u32 $0, 0; }",
         "=r,l,r",
         [turn, rank],
         dtype=gl.int32,

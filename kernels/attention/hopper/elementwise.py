@@ -7,6 +7,7 @@ tiles of 64 queries whose elements lie in register order; dense rows are B·H, v
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PAD = tl.constexpr(128)  # as in tiles.py
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -63,17 +64,21 @@ def backward_preprocess(
     out, dout,  # [B, Sq, H, D] or [total, H, D]
     lse, dlse,  # fp32, natural log, [B, H, Sq] or [H, total], and its gradient or None
     lse_log2, delta, sums,  # scratch: see the module docstring
-    turns,  # int32 [rows, padded / 64] or None: zeroed too
+    turns,  # int32 [rows, padded / 64], or None
     cu_q,  # int32 [B + 1]; varlen only
     stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh, stride_lb, stride_lh, stride_gb, stride_gh,
     seqlen_q, padded, num_heads, num_blocks,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, HAS_DLSE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums, for BLOCK queries.
+    """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums (or a zeroed turn, which says that there are
+    none yet), for BLOCK queries. PDL: the main kernel may start beside this one.
 
     The derivative of LSE with respect to S is P, so its gradient enters dS = P ∘ (dP - delta) through delta.
     Rows that saw no key, and padding rows, get LSE = +inf: their P is 0.
     """
+    if PDL:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     bh = pid // num_blocks
     m0 = (pid % num_blocks) * BLOCK
@@ -96,30 +101,35 @@ def backward_preprocess(
         place = row.to(tl.int64) * padded + column + m
         tl.store(lse_log2 + place, value)
         tl.store(delta + place, total)
-        zero = tl.zeros((BLOCK * D,), tl.float32)
-        base = (row.to(tl.int64) * padded + column + m0) * D
-        tl.store(sums + base + tl.arange(0, BLOCK * D), zero)
-        if turns is not None:
+        first = row.to(tl.int64) * padded + column + m0
+        if turns is None:
+            zero = tl.zeros((BLOCK * D,), tl.float32)
+            tl.store(sums + first * D + tl.arange(0, BLOCK * D), zero)
+        else:
             tl.static_assert(BLOCK == 64)
-            tl.store(turns + (row.to(tl.int64) * padded + column + m0) // BLOCK, 0)
+            tl.store(turns + first // BLOCK, 0)
 
 
 @triton.jit
 def backward_postprocess(
-    sums, dq, cu_q,
+    sums, turns, dq, cu_q,
     stride_qb, stride_qs, stride_qh,
     seqlen_q, padded, num_heads, num_blocks,
     scale,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, VARLEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VARLEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """dQ = scale * sums, out of register order, for 64 queries."""
+    """dQ = scale * sums, out of register order, for 64 queries; 0 where no key block has had its turn."""
+    if PDL:  # launched while the main kernel runs
+        gdc_wait()
     pid = tl.program_id(0)
     bh = pid // num_blocks
     m0 = (pid % num_blocks) * 64
     b, h, start, length, row, column = _locate(bh, num_heads, cu_q, seqlen_q, VARLEN)
     if m0 < length:
-        base = (row.to(tl.int64) * padded + column + m0) * D
-        x = tl.load(sums + base + tl.arange(0, 64 * D)) * scale
+        first = row.to(tl.int64) * padded + column + m0
+        x = tl.load(sums + first * D + tl.arange(0, 64 * D)) * scale
+        if turns is not None:
+            x = tl.where(tl.load(turns + first // 64) > 0, x, 0.0)  # the sums were never written: any bits
         x = tl.reshape(x, (D // 16, 2, 4, 8, 4, 2, 2))  # k, warpgroup, warp, lane row, lane column, r row, r column
         x = tl.reshape(tl.permute(x, (2, 5, 3, 1, 0, 4, 6)), (64, D))
         m = m0 + tl.arange(0, 64)

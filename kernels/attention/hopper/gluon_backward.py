@@ -16,9 +16,11 @@ dense rows are B·H and varlen rows are H with every sequence starting on a mult
 block of a kv head and walks through the queries of all its group's heads, so dK and dV have one writer and
 are bitwise repeatable. dQ is not: the order of the additions varies, unless DETERMINISTIC.
 
-DETERMINISTIC: the key blocks add to a query block in ascending order. ``turns`` counts, per query block, how many
-have added; the reducer waits for its block's rank and passes the turn on. No deadlock: CTAs start in the order of
-their ids, and for one head that order is ascending key blocks, so a CTA waits only for CTAs that started before it.
+FIRST_STORES: the first key block that sees a query block stores its dQ instead of adding it, and nobody zeroes the
+sums; the others wait until it has. DETERMINISTIC: all key blocks add in ascending order. ``turns`` counts, per query
+block, how many have; the reducer waits for its block's rank and passes the turn on. No deadlock: CTAs start in the
+order of their ids, and for one head that order is ascending key blocks, so a CTA waits only for CTAs that started
+before it.
 Little waiting: query blocks are visited from the last to the first. The blocks that a key block shares with its
 predecessor come after those it does not share (a window) or when the predecessor, whose list is as long or longer,
 has begun with them (causal, full), and CTAs that start together stay one addition apart.
@@ -37,7 +39,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.compat import partition_barrier, pass_turn, tma_load, tma_reduce_add, wait_turn
+from kernels.attention.hopper.compat import (
+    partition_barrier,
+    pass_turn,
+    tma_load,
+    tma_reduce_add,
+    tma_store,
+    wait_previous_kernel,
+    wait_turn,
+)
 from kernels.attention.hopper.tiles import (
     decode_tile,
     load_tile,
@@ -58,9 +68,9 @@ def scratch_coordinates(b, h, start_q, num_heads, VARLEN: gl.constexpr):
 
 
 @gluon.jit
-def visit(i, lo, hi, DETERMINISTIC: gl.constexpr):
-    """Query block number ``i``, lo <= i < hi, of a CTA's walk: ascending, or descending if DETERMINISTIC."""
-    if DETERMINISTIC:
+def visit(i, lo, hi, DESCENDING: gl.constexpr):
+    """Query block number ``i``, lo <= i < hi, of a CTA's walk."""
+    if DESCENDING:
         return hi - 1 - (i - lo)
     else:
         return i
@@ -79,10 +89,11 @@ def first_keys(m0, Sq, Sk, wl, BN: gl.constexpr, LEFT: gl.constexpr):
 def backward_producer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads K and V once, then Q with LSE and dO with delta for each query block of each head of
-    the group.
+    the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
     """
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
     q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _ = bufs
@@ -102,12 +113,14 @@ def backward_producer(
         load_tile(k_desc, kv_full.index(0), k_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
         mbarrier.expect(kv_full.index(1), v_desc.block_type.nbytes)
         load_tile(v_desc, kv_full.index(1), v_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
+        if PDL:
+            wait_previous_kernel()
         step = 0
         for g in range(group):
             h = hk * group + g
             row, column = scratch_coordinates(b, h, start_q, num_heads_k * group, VARLEN)
             for i in range(lo, hi):
-                mb = visit(i, lo, hi, DETERMINISTIC)
+                mb = visit(i, lo, hi, FIRST_STORES)
                 stage = step % STAGES
                 mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
@@ -125,7 +138,7 @@ def backward_producer(
 def backward_reducer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
     next.
@@ -149,16 +162,23 @@ def backward_reducer(
         for g in range(group):
             row, column = scratch_coordinates(b, hk * group + g, start_q, num_heads_k * group, VARLEN)
             for i in range(lo, hi):
-                mb = visit(i, lo, hi, DETERMINISTIC)
+                mb = visit(i, lo, hi, FIRST_STORES)
                 tile = (row * padded + column + mb * BM) // BM
                 mbarrier.wait(dq_full.index(0), step & 1)
-                if DETERMINISTIC:
-                    wait_turn(turns + tile, nb - first_keys(mb * BM, Sq, Sk, wl, BN, LEFT))
-                tma_reduce_add(dq_desc, [tile * (D // 4), 0], dq_buf)
+                if FIRST_STORES:
+                    rank = nb - first_keys(mb * BM, Sq, Sk, wl, BN, LEFT)
+                    if rank == 0:
+                        tma_store(dq_desc, [tile * (D // 4), 0], dq_buf)
+                    else:
+                        wait_turn(turns + tile, rank if DETERMINISTIC else 1)
+                        tma_reduce_add(dq_desc, [tile * (D // 4), 0], dq_buf)
+                else:
+                    tma_reduce_add(dq_desc, [tile * (D // 4), 0], dq_buf)
                 tma.store_wait(0)
                 mbarrier.arrive(dq_empty.index(0), count=1)
-                if DETERMINISTIC:
-                    pass_turn(turns + tile)
+                if FIRST_STORES:  # noqa: SIM102 (a constexpr: without it there is no rank)
+                    if DETERMINISTIC or rank == 0:
+                        pass_turn(turns + tile)
                 step += 1
 
 
@@ -298,7 +318,7 @@ def backward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    FIRST_STORES: gl.constexpr,
 ):  # fmt: skip
     """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
     dk_desc = descs[7]
@@ -331,12 +351,12 @@ def backward_consumer(
         steps = group * blocks
         if LOOKAHEAD:
             if steps > 0:
-                mb = visit(lo, lo, hi, DETERMINISTIC)
+                mb = visit(lo, lo, hi, FIRST_STORES)
                 dk_next, dv = query_block(
                     0, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True
                 )
                 for step in range(1, steps):
-                    mb = visit(lo + step % blocks, lo, hi, DETERMINISTIC)
+                    mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
                     dk_next, dv = query_block(
                         step, mb, dk_next, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
                         True, False,
@@ -344,7 +364,7 @@ def backward_consumer(
                 dk = warpgroup_mma_wait(0, deps=(dk_next,))
         else:
             for step in range(steps):
-                mb = visit(lo + step % blocks, lo, hi, DETERMINISTIC)
+                mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
                 dk, dv = query_block(
                     step,
                     mb,
@@ -382,17 +402,17 @@ def backward_consumer(
 def backward_kernel(
     q_desc, k_desc, v_desc, do_desc,  # tiles of BM (q, do) or BN (k, v) rows, [1, 1, rows, D] or [1, 1, 1, rows, D]
     lse_desc, delta_desc,  # fp32 [rows, padded queries], tiles [1, BM]; LSE in log2 units, +inf where a row is dead
-    dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [D / 4, 256] of 64 queries; zero on entry
+    dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [D / 4, 256] of 64 queries; zeroed, or FIRST_STORES
     dk_desc, dv_desc,  # like k
     sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
     cu_q, cu_k,  # int32 [B + 1]; varlen only
-    turns,  # int32 [rows * padded queries / BM], zero on entry; DETERMINISTIC only
+    turns,  # int32 [rows * padded queries / BM], zero on entry; FIRST_STORES only
     wl, wr,  # window, used where LEFT, RIGHT
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -432,8 +452,9 @@ def backward_kernel(
     window = (wl, wr)
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT, LOOKAHEAD, DETERMINISTIC)),
+                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES)),
         (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
-                             DETERMINISTIC)),
-        (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, DETERMINISTIC)),
+                             FIRST_STORES, PDL)),
+        (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, FIRST_STORES,
+                            DETERMINISTIC)),
     ], [1, 1], [24, 24])  # fmt: skip

@@ -257,7 +257,8 @@ class BackwardPlan:
     tiles: Launch | None
     """Lists the key blocks; varlen only."""
     main: Launch
-    deterministic: bool
+    turns: bool
+    """Whether key blocks take turns at dQ."""
     postprocess: Launch | None
     """None: no dQ is wanted."""
 
@@ -274,13 +275,13 @@ def launch_backward(
         memo["backward"] = plan
     dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), plan.copies, strict=True))
     lse_log2, delta, sums = _scratch(plan.call, q.device)
-    turns = _turns(plan.call, q.device) if plan.deterministic else None
+    turns = _turns(plan.call, q.device) if plan.turns else None
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     plan.preprocess(out, dout, lse, dlse, lse_log2, delta, sums, turns, cu_q)
     sched = None if plan.tiles is None else _list_tiles(plan.tiles, cu_k, plan.bound)
     plan.main(q, k, v, dout, lse_log2, delta, sums, dk, dv, sched, cu_q, cu_k, turns)
     if plan.postprocess is not None:
-        plan.postprocess(sums, dq, cu_q)
+        plan.postprocess(sums, turns, dq, cu_q)
 
 
 def _plan_backward(
@@ -291,7 +292,8 @@ def _plan_backward(
     copies = tuple(not addressable(t) for t in (dout, q, k, v))
     dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), copies, strict=True))
     scratch = _scratch(call, q.device)
-    turns = _turns(call, q.device) if params.deterministic else None
+    take_turns = params.deterministic or tuning.BACKWARD[call.width].first_stores
+    turns = _turns(call, q.device) if take_turns else None
     block_n = tuning.BLOCK_N_BACKWARD
     bound = call.tiles("k", block_n)
     cu = extras.cu_seqlens_k
@@ -303,8 +305,8 @@ def _plan_backward(
         preprocess=_plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras),
         tiles=tiles,
         main=_plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras),
-        deterministic=params.deterministic,
-        postprocess=None if dq is None else _plan_postprocess(call, scratch, dq, params.softmax_scale, extras),
+        turns=take_turns,
+        postprocess=None if dq is None else _plan_postprocess(call, scratch, turns, dq, params.softmax_scale, extras),
     )
 
 
@@ -314,6 +316,12 @@ def _scratch(call: Call, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     rows, padded = call.scratch_rows, call.padded
     lse_log2, delta = torch.empty((2, rows, padded), dtype=torch.float32, device=device).unbind()
     return lse_log2, delta, torch.empty((rows * padded * call.width // 256, 256), dtype=torch.float32, device=device)
+
+
+def _overlaps(call: Call) -> bool:
+    """Whether the three kernels of a backward overlap. Not for varlen, whose list of tiles is made by a kernel between
+    the first and the second, which all warps read at once."""
+    return tuning.BACKWARD[call.width].pdl and not call.varlen
 
 
 def _turns(call: Call, device: torch.device) -> Tensor:
@@ -367,6 +375,7 @@ def _plan_preprocess(
         "BLOCK": block,
         "VARLEN": call.varlen,
         "HAS_DLSE": dlse is not None,
+        "PDL": _overlaps(call),
     }
     return Launch(backward_preprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=8)
 
@@ -414,17 +423,25 @@ def _plan_main(
         "VARLEN": call.varlen,
         "LEFT": params.window_left >= 0,
         "RIGHT": params.window_right >= 0,
+        "FIRST_STORES": turns is not None,
         "DETERMINISTIC": params.deterministic,
+        "PDL": _overlaps(call),
     }
-    return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True)
+    return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True, launch_pdl=_overlaps(call))
 
 
 def _plan_postprocess(
-    call: Call, scratch: tuple[Tensor, Tensor, Tensor], dq: Tensor, scale: float, extras: AttnExtras
+    call: Call,
+    scratch: tuple[Tensor, Tensor, Tensor],
+    turns: Tensor | None,
+    dq: Tensor,
+    scale: float,
+    extras: AttnExtras,
 ) -> Launch:
     num_blocks = triton.cdiv(call.seqlen_q, 64)
     arguments = {
         "sums": scratch[2],
+        "turns": turns,
         "dq": dq,
         "cu_q": extras.cu_seqlens_q,
         **_strides("q", dq, call.varlen),
@@ -436,5 +453,7 @@ def _plan_postprocess(
         "HEAD_DIM": call.head_dim,
         "D": call.width,
         "VARLEN": call.varlen,
+        "PDL": _overlaps(call),
     }
-    return Launch(backward_postprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=4)
+    options = {"launch_pdl": True} if _overlaps(call) else {}
+    return Launch(backward_postprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=4, **options)

@@ -66,14 +66,10 @@ def decode_tile(t, sched, num_blocks, num_heads, batch_heads, section, VARLEN: g
     else:
         per_section = section * num_blocks
         odd = batch_heads % section
-        first = 0
-        width = odd
-        r = t
-        if t >= odd * num_blocks:
-            s = (t - odd * num_blocks) // per_section
-            first = odd + s * section
-            width = section
-            r = t - first * num_blocks
+        s = (t - odd * num_blocks + per_section) // per_section  # 0: the odd heads
+        first = gl.maximum(odd + (s - 1) * section, 0)
+        width = gl.minimum(odd + s * section, section)
+        r = t - first * num_blocks
         block = r // width
         if REVERSE:
             block = num_blocks - 1 - block

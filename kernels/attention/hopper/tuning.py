@@ -35,6 +35,12 @@ class BackwardTile:
     """Depth of the dO ring."""
     lookahead: bool
     """dK of one block is finished behind S of the next; needs registers that only D = 64 leaves."""
+    first_stores: bool = False
+    """The first key block that sees a query block stores its dQ, so that the sums need no zeroing: 4 bytes less to
+    write per element of Q, and the later key blocks wait for the first. Deterministic calls always do this."""
+    pdl: bool = False
+    """Programmatic dependent launch: each of the three kernels of a dense call may start before the one before it has
+    ended."""
 
     def __post_init__(self) -> None:
         if self.lookahead and self.q_stages < 2:

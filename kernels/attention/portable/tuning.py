@@ -67,7 +67,8 @@ def choose_tile(
 
 # Columns: tile width (padded head dim) up to 32, 64, 128, 256. All entries stay below 99 KB of shared memory but for
 # sm_90 and sm_100 (227 KB). Chosen by compiling (`compile_cases` in shipped.py; triton 3.6 and 3.9, sm_80 and sm_90):
-# no wgmma is serialized, and what spills is reloaded outside the loops unless a comment says otherwise.
+# no wgmma is serialized but in the backward with dropout, and what spills is reloaded outside the loops unless a
+# comment says otherwise.
 HOPPER: dict[Kernel, tuple[Tile, ...]] = {
     # Three stages everywhere: Triton issues a block's loads at the end of an iteration and waits for them at the start
     # of another, so that two stages leave nothing to hide the latency behind. A 128-row tile on 8 warps gives each
@@ -76,7 +77,8 @@ HOPPER: dict[Kernel, tuple[Tile, ...]] = {
     # scores where two blocks of 64 cost 692 (the accumulator is rescaled half as often).
     "forward": (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(128, 128, 8, 3), Tile(128, 32, 8, 3)),
     "dq": (Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3, 128), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-    # Keys are the rows here. dK and dV alone take 128 registers per thread at width 128.
+    # Keys are the rows here. dK and dV alone take 128 registers per thread at width 128: groups of heads and varlen
+    # reload addresses in the loop (up to 264 bytes under triton 3.6), causal and window calls nothing.
     "dkdv": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 8, 3)),
 }
 AMPERE: dict[Kernel, tuple[Tile, ...]] = {

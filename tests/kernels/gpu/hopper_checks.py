@@ -102,8 +102,8 @@ def varlen() -> Iterator[Check]:
 
 
 def run_twice_the_same(case: Case, times: int = 20) -> None:
-    """Out, lse, dk, dv bitwise equal over ``times`` runs while other work moves the CTAs around: the race
-    detector.
+    """Out, lse, dk, dv, and dq if it is deterministic, bitwise equal over ``times`` runs while other work moves the
+    CTAs around: the race detector.
     """
     q, k, v, dout, _ = make_inputs(case)
     noise = torch.randn(512, 512, device="cuda")
@@ -115,10 +115,10 @@ def run_twice_the_same(case: Case, times: int = 20) -> None:
                 noise = noise @ noise * 1e-3
         mine = leaves(q, k, v)
         out, lse, _ = kernels.flash_attn_func(*mine, return_attn_probs=True, **case.options)
-        _, dk, dv = torch.autograd.grad(out, mine, dout)
-        now = (out, lse, dk, dv)
+        dq, dk, dv = torch.autograd.grad(out, mine, dout)
+        now = (out, lse, dk, dv, *([dq] if case.options.get("deterministic") else []))
         first = now if first is None else first
-        for name, a, b in zip(("out", "lse", "dk", "dv"), first, now, strict=True):
+        for name, a, b in zip(("out", "lse", "dk", "dv", "dq"), first, now, strict=False):
             assert torch.equal(a, b), f"{name} differs in run {i}"
 
 
@@ -126,6 +126,28 @@ def repeats() -> Iterator[Check]:
     for head_dim, sq, causal in itertools.product((64, 128), (512, 1000, 4096), (False, True)):
         case = Case(sq, sq, head_dim, 8, 4, batch=3, dtype=BF16, options={"causal": causal})
         yield f"20 runs {case}", lambda case=case: run_twice_the_same(case)
+
+
+def deterministic() -> Iterator[Check]:
+    """dQ in a fixed order: right, and bitwise repeatable, with fewer and many more CTAs than SMs, every kind of walk
+    (windows, more keys than queries, rows that see no key, groups of heads, varlen) and a captured graph."""
+    fixed = {"deterministic": True}
+    for head_dim, (sq, sk), causal in itertools.product(
+        (64, 128), ((1, 1), (64, 128), (239, 1), (113, 211), (1024, 1023), (512, 4096), (4096, 512)), (False, True)
+    ):
+        yield dense(Case(sq, sk, head_dim, 4, 2, batch=2, dtype=BF16, options={"causal": causal, **fixed}))
+    for window in ((0, 0), (1, 0), (127, 128), (128, 0), (-1, 300), (300, -1), (1000, 500)):
+        yield dense(Case(1500, 2100, 64, dtype=BF16, options={"window_size": window, **fixed}))
+    for lengths in ([100, 200, 300], [1, 0, 129, 512, 64], [1000] * 5 + [3] * 40, [2048, 17, 900]):
+        case = Case(0, 0, 128, 4, 2, dtype=BF16, options={**CAUSAL, **fixed})
+        yield f"varlen {lengths} {case}", lambda lq=lengths, case=case: check_varlen(lq, lq, case, tail=37)
+    for head_dim, sq, causal, heads_k in itertools.product((64, 128), (512, 4096), (False, True), (2, 16)):
+        case = Case(sq, sq, head_dim, 16, heads_k, batch=4, dtype=BF16, options={"causal": causal, **fixed})
+        yield f"20 runs {case}", lambda case=case: run_twice_the_same(case)
+    case = Case(16384, 16384, 128, 4, 4, dtype=BF16, options={**CAUSAL, **fixed})
+    yield f"20 runs {case}", lambda case=case: run_twice_the_same(case)
+    window = Case(4000, 4000, 128, 8, 8, batch=2, dtype=BF16, options={"window_size": (700, 0), **fixed})
+    yield f"20 runs {window}", lambda case=window: run_twice_the_same(case)
 
 
 def packed_layouts() -> None:
@@ -213,7 +235,13 @@ def launch_variants() -> Iterator[Check]:
         tuning.ForwardTile(128, 128, 3, 240, own_o=True, pingpong=False),
     ):
         yield f"{tile}", lambda tile=tile: with_tile(tuning.FORWARD, 64, tile, case)
-    for backward_tile in (tuning.BackwardTile(3, 3, lookahead=False), tuning.BackwardTile(2, 2, lookahead=True)):
+    for backward_tile in (
+        tuning.BackwardTile(3, 3, lookahead=False),
+        tuning.BackwardTile(2, 2, lookahead=True),
+        tuning.BackwardTile(2, 2, lookahead=False, first_stores=True),
+        tuning.BackwardTile(2, 2, lookahead=False, pdl=True),
+        tuning.BackwardTile(2, 2, lookahead=False, first_stores=True, pdl=True),
+    ):
         yield f"{backward_tile}", lambda tile=backward_tile: with_tile(tuning.BACKWARD, 64, tile, case)
 
 
@@ -242,6 +270,7 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "heads_and_widths": heads_and_widths,
     "varlen": varlen,
     "repeats": repeats,
+    "deterministic": deterministic,
     "systems": systems,
     "launch_variants": launch_variants,
 }
