@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -331,3 +335,53 @@ def test_fused_norms_add_to_the_sums(build: Build, stage: int) -> None:
     for name, total in got.items():  # Triton's interpreter cuts bf16 off
         assert (total - expected[name]).abs().max() <= 0.1 * expected[name].abs().max(), name
     assert given == {"norm.weight", "norm.bias"}  # the last norm's
+
+
+GPU_RUN = """
+import json, sys, torch
+from configs.schema import Device, Precision, Toggle
+from tests.training.conftest import make_batch, make_engine, run_config, train
+from training import distributed
+
+stage, compiled, norms = int(sys.argv[1]), Toggle(sys.argv[2]), Toggle(sys.argv[3])
+own = distributed.init(Device.cuda)
+found = {}
+for fuse in (Toggle.off, Toggle.on):
+    config = run_config(stage, accumulation=4, micro=2, fuse_weight_gradients=fuse, compile=compiled)
+    config.engine.precision, config.model.fused_norms = Precision.bf16, norms
+    one = make_engine(config, own)
+    for _ in range(2):  # the second time with what the first has compiled
+        one.partition.drop()
+        batch = make_batch(0, config)
+        for micro in batch.micro_batches:
+            micro.tokens, micro.targets = micro.tokens.cuda(), micro.targets.cuda()
+        one.accumulate(batch)
+    names = {parameter: name for name, parameter in one.module.named_parameters()}
+    found[fuse] = {names[p]: total.clone() for p, total in one.partition.sums().items()}
+    one.close()
+counters = torch._dynamo.utils.counters
+worst = {
+    name: ((total - found[Toggle.off][name]).abs().max() / found[Toggle.off][name].abs().max()).item()
+    for name, total in found[Toggle.on].items()
+}
+graphs, breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
+print(json.dumps({"worst": worst, "graphs": graphs, "breaks": breaks}))
+own.close()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norms", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sums_on_a_gpu(stage: int, compiled: str, norms: str) -> None:
+    """The engine's sums with and without fusion on CUDA, eager and compiled by Inductor: rounding apart, and no more
+    than one graph for each of the two engines."""
+    command = [sys.executable, "-c", GPU_RUN, str(stage), compiled, norms]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert max(found["worst"].values()) < 0.03, found["worst"]
+    assert max(found["worst"].values()) > 0
+    assert found["breaks"] == 0
+    assert found["graphs"] <= 2
