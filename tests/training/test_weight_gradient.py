@@ -200,10 +200,11 @@ def test_recomputed_blocks_add_once(build: Build, stage: int) -> None:
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_equal_blocks_share_one_compilation(build: Build, stage: int) -> None:
-    """No graph break, one graph for all blocks, none made anew in later steps; the sums are those of eager blocks."""
-    eager, compiled = build(bf16_config(stage)), build(bf16_config(stage))
+@pytest.mark.parametrize(("stage", "recompute"), [(0, Recompute.none), (1, Recompute.none), (1, Recompute.block)])
+def test_equal_blocks_share_one_compilation(build: Build, stage: int, recompute: Recompute) -> None:
+    """No graph break, one graph for all blocks and one to evaluate with, none made anew in later steps; the sums are
+    those of eager blocks."""
+    eager, compiled = build(bf16_config(stage)), build(bf16_config(stage, recompute=recompute))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for block in compiled.module.blocks:
@@ -215,6 +216,9 @@ def test_equal_blocks_share_one_compilation(build: Build, stage: int) -> None:
         for one in (eager, compiled):
             one.update(one.config.optim.lr, 1.0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    batches: Any = make_batch(9, compiled.config).micro_batches
+    assert compiled.evaluate(batches)[0] == pytest.approx(eager.evaluate(batches)[0], rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
