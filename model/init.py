@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.weight_gradient import SumsGradients, summed_linear
+from model.weight_gradient import SumsGradients, summed_embedding, summed_linear
 
 
 def residual_std(std: float, num_layers: int) -> float:
@@ -48,7 +48,7 @@ class Linear(SumsGradients, nn.Linear):
         return summed_linear(x, self.weight, self.bias, self.weight_sum, self.bias_sum)
 
 
-class Embedding(nn.Embedding):
+class Embedding(SumsGradients, nn.Embedding):
     """A look-up table of which only the first `num_used` rows are ever used; the rest pad it."""
 
     def __init__(self, num_rows: int, width: int, *, std: float, num_used: int | None = None) -> None:
@@ -59,6 +59,11 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         with torch.no_grad():
             init_table(self.weight, self.std, self.num_used)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.weight_sum is None:
+            return super().forward(tokens)
+        return summed_embedding(tokens, self.weight, self.weight_sum)
 
 
 def initialise(model: nn.Module) -> None:

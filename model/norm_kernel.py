@@ -26,7 +26,8 @@ from torch import Tensor
 
 MAX_WIDTH = 16384
 """A row is held whole in a program's registers."""
-PROGRAMS_PER_SM = 2
+WARPS_PER_SM = 16
+"""Of the backward kernel, whose 128 registers a thread (sm_90, at each width from 768 to 8,192) allow no more."""
 CPU_PROGRAMS = 3
 """Programs of the backward pass in Triton's interpreter."""
 
@@ -122,11 +123,12 @@ def warps_of(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
-def programs_of(num_rows: int, device: torch.device) -> int:
-    """P: programs of the backward pass."""
+def programs_of(num_rows: int, width: int, device: torch.device) -> int:
+    """P: programs of the backward pass, as many as run at once."""
     if device.type != "cuda":
         return min(num_rows, CPU_PROGRAMS)
-    return min(num_rows, PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count)
+    per_sm = WARPS_PER_SM // warps_of(triton.next_power_of_2(width))
+    return min(num_rows, per_sm * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @torch.library.custom_op("flashtrain::add_norm", mutates_args=())
@@ -173,7 +175,7 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx (N, E), and each program's part of dw and with `has_bias` db, fp32 (K, P, E). `d_sum`: ds, None for zero."""
     rows, width = total.shape
-    programs = programs_of(rows, total.device)
+    programs = programs_of(rows, width, total.device)
     d_x = torch.empty_like(total)
     parts = total.new_empty((2 if has_bias else 1, programs, width), dtype=torch.float32)
     block = triton.next_power_of_2(width)
@@ -200,5 +202,6 @@ def add_norm_backward(
 def _add_norm_backward_fake(
     d_y: Tensor, d_sum: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    parts = (2 if has_bias else 1, programs_of(total.shape[0], total.device), total.shape[1])
+    rows, width = total.shape
+    parts = (2 if has_bias else 1, programs_of(rows, width, total.device), width)
     return total.new_empty(total.shape), total.new_empty(parts, dtype=torch.float32)

@@ -6,9 +6,11 @@ weight to write it, 6 to widen it, 12 to add it. A matrix product can add to wha
 buffer itself: 8 bytes, inside the product and hidden behind its arithmetic. The terms also skip their rounding to bf16,
 so the sum is nearer to the exact one. The bias's gradient goes the same way: its sum over tokens is added in place.
 
-`bind_sums` gives each layer that makes such a product its part of the buffer. Autograd then gets no gradient for these
-weights, so that nothing is left to widen or add. A weight used elsewhere as well (the embedding, tied to the head) gets
-that part of its gradient from autograd as ever.
+An embedding's gradient has a row a token. Autograd makes a table of it, zero but for these rows, to be widened and
+added whole; here the rows alone are added to the buffer.
+
+`bind_sums` gives each of these layers its part of the buffer (a matrix shared by embedding and head to both). Autograd
+then gets no gradient for their weights, so that nothing is left to widen or add.
 
 The buffers are plain tensors on the modules, neither parameters nor registered buffers: checkpoints and `.to()` don't
 see them, and `torch.compile` takes them as inputs of a block's graph, so that equal blocks share one compilation.
@@ -78,6 +80,32 @@ def summed_linear(
     """`F.linear` whose backward adds to `weight_sum` (O, I) and `bias_sum` (O,), and gives autograd no gradient of
     `weight` and `bias`. x (..., I) with at least two dims; (..., O)."""
     out: Tensor = _SummedLinear.apply(x, weight, bias, weight_sum, bias_sum)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SummedEmbedding(torch.autograd.Function):
+    """tokens (...) int64, weight (V, E) to (..., E); the weight's gradient goes to `weight_sum` (V, E), fp32.
+
+    On a GPU rows of the same token are added in the order they come, unless PyTorch is to be deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, weight_sum: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight_sum = weight_sum
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        (tokens,) = ctx.saved_tensors
+        rows = d_out.reshape(-1, d_out.shape[-1])  # (T, E)
+        ctx.weight_sum.index_add_(0, tokens.flatten(), rows.to(ctx.weight_sum.dtype))
+        return None, None, None
+
+
+def summed_embedding(tokens: Tensor, weight: Tensor, weight_sum: Tensor) -> Tensor:
+    """`F.embedding` whose backward adds to `weight_sum` (V, E) and gives autograd no gradient. (...) to (..., E)."""
+    out: Tensor = _SummedEmbedding.apply(tokens, weight, weight_sum)  # type: ignore[no-untyped-call]
     return out
 
 

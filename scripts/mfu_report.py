@@ -6,12 +6,16 @@
 Takes the keys of train.py and trains with them, without evaluation, checkpoints and wandb, until `train.profile_steps`
 steps are profiled (default: 4). A few micro-batches a step are enough: a profile grows with their number. Prints each
 part of a step with its time, its rate and its share of what is lost, and the three changes of the config that would
-win most of it back. Leaves `waterfall.json`, `waterfall.png` and the run's own files (`profiled/`) in the run folder.
-docs/waterfall.md says what the parts mean. With several ranks the first one is reported.
+win most of it back; and the step's floor, its products and its attention at the rates that they reach alone on this
+device right after the run, with the run as a share of it. Leaves `waterfall.json`, `waterfall.png` and the run's own
+files (`profiled/`) in the run folder. docs/waterfall.md says what the parts mean. With several ranks the first one is
+reported.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import shutil
 import sys
 from contextlib import closing
@@ -20,11 +24,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from configs import launch
 from configs.errors import UserError
 from configs.schema import RunConfig, Toggle, WandbMode
+from training.floor import floor_json, floor_line, measure_floor
 from training.profile import PICTURE, REPORT, SETTLED_STEPS, TRACE
-from training.report import wide_console
+from training.report import wide_console, write_json
 from training.run import run_folder
 from training.schedule import learning_rate
 from training.session import Session, open_session
@@ -46,15 +53,22 @@ def main(config: RunConfig) -> int:
             return 0
         report = trainer.report
         stopped = session.interrupts.exit_code
+        device = session.processes.device
     if report is None:
         if stopped:
             return stopped
         raise UserError(f"Nothing was profiled; {folder / PROFILED / 'run.log'} says more.")
     for name in (REPORT, PICTURE, TRACE):
         shutil.move(folder / PROFILED / name, folder / name)
+    del trainer
+    gc.collect()  # the model's memory
+    torch.cuda.empty_cache()
+    floor = measure_floor(report.setting, device)
+    found = json.loads((folder / REPORT).read_text())
+    write_json(folder / REPORT, found | {"floor": floor_json(floor, report)})
     console = wide_console()
     console.print(table_of(report))
-    console.print("\n".join(lines_of(report)), markup=False, soft_wrap=True)
+    console.print("\n".join([floor_line(floor, report), *lines_of(report)]), markup=False, soft_wrap=True)
     console.print(f"{folder / REPORT}\n{folder / PICTURE}", markup=False, soft_wrap=True)
     return 0
 

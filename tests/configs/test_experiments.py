@@ -9,6 +9,7 @@ import torch
 from configs import compose
 from model import build_model
 from model.flops import parameter_counts
+from training.batch import resolve_batch
 from training.validate import validate
 
 ROOT = Path(__file__).parents[2]
@@ -46,3 +47,13 @@ def test_gpt3_has_the_heads_and_lengths_it_should(name: str) -> None:
     config = compose([f"experiment={name}"]).model
     assert config.sequence_length == (2048 if name.endswith("_2k") else 8192)
     assert config.width // config.num_heads == (64 if "125m" in name else 128)
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "gpt3_1b3_2k", "gpt3_1b3_8k", "gpt3_2b7_2k", "gpt3_2b7_8k"])
+def test_benchmarks_can_ask_for_65536_tokens_a_step(name: str) -> None:
+    """The global batch of the published figures, on one GPU, by its one key."""
+    sequences = 65536 // compose([f"experiment={name}"]).model.sequence_length
+    config = compose([f"experiment={name}", f"train.global_batch_size={sequences}"])
+    validate(config, 1)
+    plan = resolve_batch(config.train, 1)
+    assert plan.micro_batch_size * plan.accumulation_steps * config.model.sequence_length == 65536

@@ -83,7 +83,7 @@ def test_operators(rows: int, stream: bool) -> None:
     arguments = (d_y, d_sum if stream else None, total, weight, stats, True)
     torch.library.opcheck(add_norm_backward, arguments)
     d_x, parts = add_norm_backward(*arguments)
-    assert parts.shape == (2, programs_of(rows, x.device), 24)
+    assert parts.shape == (2, programs_of(rows, 24, x.device), 24)
     leaf = total.double().requires_grad_()
     w, b = weight.double().requires_grad_(), bias.double().requires_grad_()
     F.layer_norm(leaf, (24,), w, b).backward(d_y.double())

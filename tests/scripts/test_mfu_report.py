@@ -56,7 +56,9 @@ def test_tool_reports_and_leaves_files(cache: Path, tmp_path: Path) -> None:
     report = check_files(tmp_path, 3)
     assert "train.profile_steps=3" in report["command"]
     assert report["command"].startswith("python scripts/mfu_report.py")
-    for words in ("matrix products", "host: Python", "Remedy 1", "Without the profiler"):
+    assert 0 < report["floor"]["share"] < 1
+    assert report["floor"]["step_time_s"] < report["step_time_s"]
+    for words in ("Floor: a step of", "matrix products", "host: Python", "Remedy 1", "Without the profiler"):
         assert words in output, output
     assert not (tmp_path / "profiled" / "checkpoints").exists()
 

@@ -377,7 +377,7 @@ def test_work_by_hand() -> None:
     assert block == 64 * 2 * 72 * 64  # 72 E bytes a layer and token
     assert least[C.loss] == 64 * 2 * 2 * 64
     assert least[C.optimizer] == 30 * count
-    assert least[C.accumulation] == 10 * (count - 2 * 12 * 64 * 64) * 2  # what no block's product makes
+    assert least[C.accumulation] == 0  # inside the products
     assert C.communication not in least
     config.engine.fuse_weight_gradients = Toggle.off
     apart = work_of(config.model, config.engine, Precision.bf16, tokens=64, accumulation=2, world_size=1).least_bytes
@@ -503,6 +503,21 @@ def test_remedies_are_bounded_sorted_and_name_keys_that_exist() -> None:
     assert seen <= schema
     assert {"engine.precision", "engine.zero_stage", "engine.overlap_comm", "data.prefetch", "model.attention"} <= seen
     assert {"engine.offload_optimizer", "train.micro_batch_size", "train.global_batch_size"} <= seen
+
+
+def test_fusions_are_remedies_where_they_are_off() -> None:
+    off = changed(run_config(1), "engine", fuse_weight_gradients=Toggle.off)
+    report = example(config=off)
+    report = replace(report, parts=[*report.parts, replace(report.parts[0], category=C.accumulation, time_s=5e-5)])
+    assert keys_of(report)[("engine.fuse_weight_gradients",)] == 5e-5
+    assert keys_of(report)[("model.fused_norms",)] == pytest.approx(40e-6, rel=0.01)  # its few bytes take no time
+    on = changed(run_config(1), "model", fused_norms=Toggle.auto)
+    stage_2 = changed(run_config(2), "engine", fuse_weight_gradients=Toggle.off)
+    for config in (on, stage_2):
+        kept = replace(report, setting=replace(report.setting, config=config))
+        assert ("engine.fuse_weight_gradients",) not in keys_of(kept)
+        assert (("model.fused_norms",) in keys_of(kept)) == (config is stage_2)
+    assert ("model.fused_norms",) not in keys_of(replace(report, setting=replace(report.setting, on_device=False)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ lever without a bound, or one that is already pulled, is not named. Those that c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from configs.schema import Attention, Precision, Recompute, Toggle
+from model.norm_kernel import MAX_WIDTH
+from training.backend import should_fuse_weight_gradients
 from training.hardware import table_tflops
 from training.waterfall.names import Category
 from training.waterfall.report import Remedy, Report
@@ -131,6 +134,23 @@ def loss(report: Report) -> Iterator[Remedy]:
         yield Remedy(_above_bandwidth(report, Category.loss), ("model.fused",), text)
 
 
+def norms(report: Report) -> Iterator[Remedy]:
+    """Norms in more than one pass."""
+    model = report.setting.config.model
+    if report.setting.on_device and model.fused_norms is Toggle.off and model.width <= MAX_WIDTH:
+        text = "norms and residual sums as one kernel each way: model.fused_norms=auto (now off)"
+        yield Remedy(_above_bandwidth(report, Category.norms), ("model.fused_norms",), text)
+
+
+def accumulation(report: Report) -> Iterator[Remedy]:
+    """Weight gradients added in passes of their own."""
+    setting, engine = report.setting, report.setting.config.engine
+    possible = should_fuse_weight_gradients(replace(engine, fuse_weight_gradients=Toggle.auto), setting.precision)
+    if possible and engine.fuse_weight_gradients is Toggle.off:
+        text = "sum weight gradients inside their products: engine.fuse_weight_gradients=auto (now off)"
+        yield Remedy(report.time_of(Category.accumulation), ("engine.fuse_weight_gradients",), text)
+
+
 def vocabulary(report: Report) -> Iterator[Remedy]:
     """A vocabulary that isn't padded to whole tiles."""
     model = report.setting.config.model
@@ -183,6 +203,8 @@ LEVERS: tuple[Callable[[Report], Iterator[Remedy]], ...] = (
     attention,
     precision,
     loss,
+    norms,
+    accumulation,
     vocabulary,
     biases,
     sharding,

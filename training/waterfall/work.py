@@ -9,8 +9,8 @@ made of them tells how far a part is from the memory's own; it is low where a pa
     norms and residuals   (2L+1) times: read x and f, write x+f and its norm; backward: read dy, x, dx', write dx
     activations           forward read and write M; backward read dy and the input, write its gradient; gated: 8 M
     loss                  the logits, read once and their gradient written
-    accumulation          a pass over all gradients a micro-batch: read e, read and write the sum; with
-                          `engine.fuse_weight_gradients` only over those that no product makes
+    accumulation          a pass over all gradients a micro-batch: read e, read and write the sum; nothing with
+                          `engine.fuse_weight_gradients`, but for the vectors of norms
     optimizer             gradient, master and two moments read, the last three written, the weight written: 28 + e
     communication         ring collectives: (W-1)/W of what is reduced, scattered or gathered
 
@@ -54,10 +54,8 @@ def work_of(
     }
     element = ELEMENT_BYTES[precision]
     least = {kind: float(tokens * element * count) for kind, count in _activation_elements(model).items()}
-    passed = parameter_counts(model).total
-    if should_fuse_weight_gradients(engine, precision):
-        passed -= parameter_counts(model).matmul - (parameter_counts(model).embedding if model.tied_embeddings else 0)
-    least |= _weight_bytes(model, engine, element, accumulation, world_size, passed)
+    fused = should_fuse_weight_gradients(engine, precision)
+    least |= _weight_bytes(model, engine, element, accumulation, world_size, fused)
     return Work(tokens, per_token, flops, least)
 
 
@@ -73,15 +71,14 @@ def _activation_elements(model: ModelConfig) -> dict[Category, int]:
 
 
 def _weight_bytes(
-    model: ModelConfig, engine: EngineConfig, element: int, accumulation: int, world_size: int, passed: int
+    model: ModelConfig, engine: EngineConfig, element: int, accumulation: int, world_size: int, fused: bool
 ) -> dict[Category, float]:
-    """Bytes that go with the weights: their gradients' sum, their update, their way between ranks. `passed`: weights
-    whose gradients are summed in a pass of their own."""
+    """Bytes that go with the weights: their gradients' sum, their update, their way between ranks."""
     count = parameter_counts(model).total
     total = 4 if engine.fp32_accumulation or element == 4 else element  # bytes of a gradient's sum
     shards = world_size if engine.zero_stage > 0 else 1
     result = {
-        Category.accumulation: float(passed * (element + 2 * total) * accumulation),
+        Category.accumulation: 0.0 if fused else float(count * (element + 2 * total) * accumulation),
         Category.optimizer: count * (28 + element) / shards,
     }
     if world_size > 1:
