@@ -36,6 +36,7 @@ from training.backend import (
     quiet,
     resolve_precision,
     set_local_rank,
+    shard_while_building,
     should_compile,
 )
 from training.batch import BatchPlan
@@ -215,6 +216,8 @@ def gradient_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
 def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Processes) -> Engine:
     """Wrap the model for training; its weights move to the device, in the run's precision.
 
+    At ZeRO stage 3 the model may be on the meta device: it gets its initial weights here, a part at a time.
+
     Raises `UserError` for a combination of `engine.*` keys that the device or DeepSpeed can't do.
     """
     device = processes.device
@@ -222,16 +225,15 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     check_engine(config.engine, precision, device)
     model.set_recompute(config.engine.recompute is Recompute.block)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}  # before ZeRO-3 takes them away
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before ZeRO-3 takes them away
     if config.engine.zero_stage == 0:
-        for parameter in names:
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[precision])
     settings = deepspeed_config(
         config.engine,
         plan,
         precision,
-        num_parameters=sum(parameter.numel() for parameter in names),
+        num_parameters=count_parameters(model),
         num_block_parameters=count_parameters(model.blocks[0]),
         device=device,
         world_size=processes.world_size,
@@ -242,6 +244,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         gather_whole_blocks(deepspeed, model)
     restore = set_local_rank(device.index or 0)
     with quiet():
+        if model.embedding.weight.is_meta:
+            shard_while_building(deepspeed, model, settings, DTYPES[precision])
         wrapped, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optim),
@@ -250,6 +254,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         )
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
+    names = {parameter: name for name, parameter in model.named_parameters()}
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
     if compiled:
         model.compile_blocks()
