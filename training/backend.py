@@ -126,6 +126,7 @@ def shard_while_building(deepspeed: Any, model: GPT, settings: dict[str, Any], d
     rank's host memory holds one module instead of 4 bytes a parameter of the model.
     """
     sharded: list[Any] = []
+    deepspeed.init_distributed()  # on the run's process group; `zero.Init` would check batches as if it were alone
 
     def shard(module: nn.Module) -> None:
         own = [parameter for parameter in module.parameters(recurse=False) if not hasattr(parameter, "ds_id")]
