@@ -42,7 +42,7 @@ from training.backend import (
 from training.batch import BatchPlan
 from training.distributed import Processes
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, clip_factor, fp16_scale
-from training.zero import Partition, partition_of
+from training.zero import Bf16Stage1, Partition, partition_of
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch
@@ -256,6 +256,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     names = {parameter: name for name, parameter in model.named_parameters()}
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
+    if isinstance(partition, Bf16Stage1) and processes.world_size > 1:
+        wrapped.buffered_allreduce_fallback = partition.average
     if compiled:
         model.compile_blocks()
     return Engine(wrapped, partition, shapes, config, precision, processes, restore)

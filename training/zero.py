@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -159,7 +160,7 @@ class Linked(Partition):
 
 
 class Bf16Stage1(Linked):
-    """Stage 1, bf16 summed in fp32: `BF16_Optimizer`, which has all reduced gradients on every rank."""
+    """Stage 1, bf16 summed in fp32: `BF16_Optimizer`, which has room for all gradients on every rank."""
 
     def masters(self) -> list[Tensor]:
         flats: list[Tensor] = self.wrapper.fp32_groups_flat_partition
@@ -168,6 +169,20 @@ class Bf16Stage1(Linked):
     def gradients(self) -> list[Tensor]:
         flats: list[Tensor] = self.wrapper.fp32_groups_gradient_flat_partition
         return flats
+
+    def average(self, **_: Any) -> None:
+        """In place of DeepSpeed's `buffered_allreduce_fallback`: average gradients over the ranks, each its own part.
+
+        That reduces all of them to all ranks, by way of two copies, and each then updates its part: twice the bytes.
+        What isn't this rank's becomes zero, so that the norm DeepSpeed takes of all is finite where the gradient's is.
+        """
+        flats = self.wrapper.fp32_groups_gradients_flat
+        for flat, own, group in zip(flats, self.gradients(), self.wrapper.real_dp_process_group, strict=True):
+            dist.reduce_scatter_tensor(own, flat, group=group)
+            own.div_(dist.get_world_size(group))
+            begin = own.storage_offset() - flat.storage_offset()
+            flat[:begin].zero_()
+            flat[begin + own.numel() :].zero_()
 
     def drop(self) -> None:
         self.wrapper.zero_grad()
