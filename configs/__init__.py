@@ -28,6 +28,7 @@ SECTIONS: dict[str, type[schema.RunConfig]] = {
     "config": schema.RunConfig,
     "compare": schema.CompareRunConfig,
     "scaling": schema.ScalingRunConfig,
+    "forecast": schema.ForecastRunConfig,
 }
 """Primary config file → its schema: `config` for `train.py`, others for tools with a section of their own."""
 

@@ -468,3 +468,34 @@ class ScalingRunConfig(RunConfig):
     """A run, and over how many processes to scale it."""
 
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+
+
+@dataclass
+class ForecastConfig:
+    """`scripts/forecast.py`: a cluster on paper. Rates are to be measured; the defaults of links are a datasheet's."""
+
+    tokens_per_s: float = 0.0
+    """Of one device alone with this config's micro-batch, as measured. Has to be given."""
+    world_sizes: list[int] = field(default_factory=lambda: [8, 64, 256, 1024])
+    """Numbers of devices."""
+    engines: list[str] = field(default_factory=lambda: ["zero1", "zero2", "zero3"])
+    """Options of `engine=` to predict."""
+    node_size: int = 8
+    """Devices that the faster links join."""
+    link_gb_per_s: float = 450.0
+    """10^9 bytes/s that a device sends inside a node while it receives as much. Default: NVLink of an H100."""
+    network_gb_per_s: float = 50.0
+    """The same between nodes, for each device. Default: a 400 Gbit/s card each."""
+    latency_us: float = 5.0
+    """Microseconds for a message to pass one link."""
+    vocab_size: int = 50304
+    """Vocabulary where `model.vocab_size` is null: it is the tokenizer's, and no data is read here."""
+    strong: bool = False
+    """Keep the global batch (strong scaling). False: it grows with the devices (weak scaling)."""
+
+
+@dataclass
+class ForecastRunConfig(RunConfig):
+    """A run, and the devices to imagine it on."""
+
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)

@@ -9,6 +9,8 @@ them, and no forward waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -137,13 +139,21 @@ class GPT(nn.Module):
             out = block(x, context)
         return out
 
-    def materialise(self, device: torch.device | str) -> GPT:
+    def materialise(self, device: torch.device | str, each: Callable[[nn.Module], None] | None = None) -> GPT:
         """Give a model that was built on the meta device memory on `device`, and the initial weights that building it
-        there would have drawn."""
-        self.to_empty(device=device)
-        if self.config.tied_embeddings:
-            self.head.weight = self.embedding.weight  # `to_empty` has made two of it
-        initialise(self)
+        there would have drawn.
+
+        `each` is called with every module as soon as it has its own weights, before the next one's are drawn: so that
+        they can be moved away, and the whole model never is in one place.
+        """
+        for module in self.modules():
+            if module is self.head and self.config.tied_embeddings:
+                self.head.weight = self.embedding.weight
+            else:
+                module.to_empty(device=device, recurse=False)
+            initialise(module)
+            if each is not None:
+                each(module)
         return self
 
     def set_recompute(self, recompute: bool) -> None:

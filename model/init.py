@@ -66,9 +66,8 @@ class Embedding(SumsGradients, nn.Embedding):
         return summed_embedding(tokens, self.weight, self.weight_sum)
 
 
-def initialise(model: nn.Module) -> None:
-    """Draw every weight of `model` anew, as building it does, from the global random generator."""
-    for module in model.modules():
-        reset: Any = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
+def initialise(module: nn.Module) -> None:
+    """Draw the weights that `module` itself owns anew, as its constructor does, from the global random generator."""
+    reset: Any = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()

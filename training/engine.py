@@ -37,13 +37,14 @@ from training.backend import (
     quiet,
     resolve_precision,
     set_local_rank,
+    shard_while_building,
     should_compile,
     should_fuse_weight_gradients,
 )
 from training.batch import BatchPlan
 from training.distributed import Processes
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, clip_factor, fp16_scale
-from training.zero import Partition, partition_of
+from training.zero import Bf16Stage1, Partition, partition_of
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch
@@ -218,6 +219,8 @@ def gradient_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
 def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Processes) -> Engine:
     """Wrap the model for training; its weights move to the device, in the run's precision.
 
+    At ZeRO stage 3 the model may be on the meta device: it gets its initial weights here, a part at a time.
+
     Raises `UserError` for a combination of `engine.*` keys that the device or DeepSpeed can't do.
     """
     device = processes.device
@@ -226,16 +229,15 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     fuse = should_fuse_weight_gradients(config.engine, precision)
     model.set_recompute(config.engine.recompute is Recompute.block)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}  # before ZeRO-3 takes them away
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before ZeRO-3 takes them away
     if config.engine.zero_stage == 0:
-        for parameter in names:
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(DTYPES[precision])
     settings = deepspeed_config(
         config.engine,
         plan,
         precision,
-        num_parameters=sum(parameter.numel() for parameter in names),
+        num_parameters=count_parameters(model),
         num_block_parameters=count_parameters(model.blocks[0]),
         device=device,
         world_size=processes.world_size,
@@ -246,6 +248,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         gather_whole_blocks(deepspeed, model)
     restore = set_local_rank(device.index or 0)
     with quiet():
+        if model.embedding.weight.is_meta:
+            shard_while_building(deepspeed, model, settings, DTYPES[precision])
         wrapped, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optim),
@@ -254,9 +258,12 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         )
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
+    names = {parameter: name for name, parameter in model.named_parameters()}
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
     if fuse:
         bind_sums(model, partition.sums())
+    if isinstance(partition, Bf16Stage1) and processes.world_size > 1:
+        wrapped.buffered_allreduce_fallback = partition.average
     if compiled:
         model.compile_blocks()
     return Engine(wrapped, partition, shapes, config, precision, processes, restore)

@@ -7,7 +7,7 @@ and receives, for N weights of e bytes each and gradients summed in g bytes, W r
 does it (a reduction to all ranks is a reduce-scatter and a gather, so twice the bytes):
 
     stage 0    2·g·N               after the last backward pass, hidden by nothing
-    stage 1    2·g·N, and e·N      the same, then the weights are gathered after the update
+    stage 1    g·N, and e·N        reduced then, the weights gathered after the update; 2·g·N but in bf16 summed in fp32
     stage 2    2·g·N·A, and e·N    reduced in each backward pass, beside it; gathered after the update
     stage 3    g·N·A, and 2·e·N·A  blocks gathered ahead in both passes, reduced beside the backward pass
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.schema import EngineConfig, ModelConfig, Recompute
+from configs.schema import EngineConfig, ModelConfig, Precision, Recompute
 from model.dimensions import resolve_dimensions
 from model.flops import parameter_counts
 
@@ -115,7 +115,10 @@ def traffic(job: Job) -> Traffic:
     ring = (job.world_size - 1) / job.world_size
     summed = 4 if job.engine.fp32_accumulation else job.element_bytes
     repeats = job.accumulation_steps
-    gradients = {0: 2 * summed, 1: 2 * summed, 2: 2 * summed * repeats, 3: summed * repeats}[job.engine.zero_stage]
+    scattered = job.engine.precision is not Precision.fp16 and job.element_bytes == 2 and summed == 4  # `Bf16Stage1`
+    gradients = {0: 2 * summed, 1: (1 if scattered else 2) * summed, 2: 2 * summed * repeats, 3: summed * repeats}[
+        job.engine.zero_stage
+    ]
     weights = {0: 0, 1: 1, 2: 1, 3: 2 * repeats}[job.engine.zero_stage] * job.element_bytes
     return Traffic(ring * count * gradients, ring * count * weights, _exchanged(job))
 
@@ -159,7 +162,7 @@ def _latency(job: Job, cluster: Cluster) -> float:
     engine, repeats = job.engine, job.accumulation_steps
     buckets = -(-parameter_counts(job.model).total // engine.bucket_size)
     # Reductions to all ranks go around twice. Stage 3 sends a message a block and direction.
-    rounds = {0: 2 * buckets, 1: 3 * buckets, 2: (2 * repeats + 1) * buckets, 3: 3 * repeats * job.model.num_layers}
+    rounds = {0: 2 * buckets, 1: 2 * buckets, 2: (2 * repeats + 1) * buckets, 3: 3 * repeats * job.model.num_layers}
     return rounds[engine.zero_stage] * (job.world_size - 1) * cluster.latency_us * 1e-6
 
 

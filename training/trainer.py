@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
@@ -109,7 +109,9 @@ class Trainer:
         self.plan = resolve_batch(config.train, self.replicas)
         self.loader = self._loader()
         rng.seed_all(config.seed)  # the same initial weights on every rank
-        model = build_model(self.model_config)
+        # ZeRO-3 shards the weights as they are drawn, so that no host holds the whole model once a rank.
+        with torch.device("meta") if config.engine.zero_stage == 3 else nullcontext():
+            model = build_model(self.model_config)
         self.engine = build_engine(model, config, self.plan, processes)
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -171,7 +172,7 @@ class Linked(Partition):
 
 
 class Bf16Stage1(Linked):
-    """Stage 1, bf16 summed in fp32: `BF16_Optimizer`, which has all reduced gradients on every rank.
+    """Stage 1, bf16 summed in fp32: `BF16_Optimizer`, which has room for all gradients on every rank.
 
     Its step takes the norm of the sums tensor by tensor, waits for it on the host and empties the sums; DeepSpeed's
     engine then empties them again. The norm is known by then, to our engine, and once is enough: 8 bytes a weight.
@@ -194,6 +195,16 @@ class Bf16Stage1(Linked):
     def sums(self) -> dict[nn.Parameter, Tensor]:
         groups = zip(self.wrapper.bf16_groups, self.wrapper.fp32_groups_gradients, strict=True)
         return {p: view.view(p.shape) for members, views in groups for p, view in zip(members, views, strict=True)}
+
+    def average(self, **_: Any) -> None:
+        """In place of DeepSpeed's `buffered_allreduce_fallback`: average gradients over the ranks, each its own part.
+
+        That reduces all of them to all ranks, by way of two copies, and each then updates its part: twice the bytes.
+        """
+        flats = self.wrapper.fp32_groups_gradients_flat
+        for flat, own, group in zip(flats, self.gradients(), self.wrapper.real_dp_process_group, strict=True):
+            dist.reduce_scatter_tensor(own, flat, group=group)
+            own.div_(dist.get_world_size(group))
 
     def drop(self) -> None:
         self.wrapper.clear_lp_grads(set_to_none=True)

@@ -118,7 +118,7 @@ def test_quoted_overrides_arrive_as_they_are(value: str) -> None:
 
 def test_every_field_is_documented() -> None:
     tree = ast.parse((ROOT / "configs/schema.py").read_text())
-    sections = {"model", "data", "optim", "train", "engine", "hardware", "logging", "compare", "scaling"}
+    sections = {"model", "data", "optim", "train", "engine", "hardware", "logging", "compare", "scaling", "forecast"}
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Precision, Recompute, RunConfig, Toggle
+from model import GPT, build_model
 from tests.training.conftest import (
     Micro,
     Reference,
@@ -29,8 +30,9 @@ from tests.training.conftest import (
     train,
 )
 from training import backend, engine
+from training.batch import resolve_batch
 from training.distributed import Processes
-from training.engine import Engine
+from training.engine import Engine, build_engine
 from training.optimizer import LossScale, clip_factor
 
 STAGES = (0, 1, 2, 3)
@@ -388,6 +390,44 @@ def test_z_loss_is_reported_apart_and_trained_on(build: Build) -> None:
     assert result.loss == pytest.approx(plain.loss, rel=1e-6)
     assert result.loss + result.z_loss == pytest.approx(total, rel=1e-6)
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("precision", "offload"), [("fp32", {}), ("bf16", {}), ("bf16", OFFLOADED[3][1])])
+def test_weights_sharded_while_drawn_are_those_of_a_whole_model(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, precision: str, offload: dict[str, bool], tied: bool
+) -> None:
+    """Bit for bit, and so is what is trained from them; at no time is more than a module's weights whole."""
+    config = run_config(3, **offload)
+    config.engine.precision, config.model.tied_embeddings = Precision(precision), tied
+    monkeypatch.setattr(backend, "gathering", lambda _: {"stage3_param_persistence_threshold": 0})
+    plan = resolve_batch(config.train, 1)
+    whole: list[int] = []
+    plain = GPT.materialise
+
+    def materialise(model: GPT, device: str, each: Callable[[nn.Module], None]) -> GPT:
+        def counted(module: nn.Module) -> None:
+            whole.append(sum(p.numel() for p in model.parameters() if not p.is_meta))
+            each(module)
+
+        return plain(model, device, counted)
+
+    monkeypatch.setattr(GPT, "materialise", materialise)
+    found = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(config.seed)
+        with torch.device(device):
+            model = build_model(config.model)
+        one = build_engine(model, config, plan, processes)
+        initial = state_of(one)
+        found.append((initial, train(one, 0, 2), state_of(one), torch.get_rng_state()))
+        one.close()
+    (initial, steps, trained, generator), (initial_parts, steps_parts, trained_parts, generator_parts) = found
+    assert equal(initial, initial_parts)
+    assert steps == steps_parts
+    assert equal(trained, trained_parts)
+    assert torch.equal(generator, generator_parts)
+    assert max(whole) == 4 * 64 * 64 + 4 * 64  # the weight and bias of an MLP's first matrix
 
 
 def test_compile(build: Build) -> None:

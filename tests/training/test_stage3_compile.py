@@ -13,10 +13,12 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from configs.schema import Device, Recompute, RunConfig, Toggle
+from model import build_model
 from tests.training.conftest import make_batch, make_engine, run_config, train
 from training import backend, distributed
+from training.batch import resolve_batch
 from training.distributed import Processes
-from training.engine import Engine
+from training.engine import Engine, build_engine
 
 STEPS = 3
 CASES = {Recompute.none: 0, Recompute.block: 50_000}
@@ -58,6 +60,14 @@ class Watch:
         return sum(not storage.expired() for storage in self.seen)
 
 
+def engine_from_meta(config: RunConfig, own: Processes) -> Engine:
+    """With weights that are sharded as they are drawn, as in a run."""
+    with torch.device("meta"):
+        model = build_model(config.model)
+    torch.manual_seed(config.seed)
+    return build_engine(model, config, resolve_batch(config.train, own.world_size), own)
+
+
 def frames() -> int:
     """Python functions that Dynamo has compiled, recompilations too."""
     return int(torch._dynamo.utils.counters["frames"]["total"])
@@ -67,7 +77,7 @@ def compiled_run(recompute: Recompute, own: Processes) -> dict[str, Any]:
     """Losses, norms and compiled frames of some steps; the weights alive between forward and backward."""
     torch._dynamo.reset()
     keep_nothing(CASES[recompute])
-    one = make_engine(config_of(Toggle.on, recompute, own.world_size), own)
+    one = engine_from_meta(config_of(Toggle.on, recompute, own.world_size), own)
     begin, results, counts = frames(), [], []
     for step in range(STEPS):
         results += train(one, step, step + 1)
