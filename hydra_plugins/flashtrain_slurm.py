@@ -31,7 +31,7 @@ from training.interrupts import REQUEUE_EXIT_CODE
 END_WAIT_S = 120.0
 """Ranks above 0 wait so long to be ended by SLURM: some clusters end a whole step when one of its ranks leaves."""
 
-if importlib.util.find_spec("submitit") is not None:
+if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 
     class SlurmLauncher(submitit_launcher.SlurmLauncher):
@@ -60,6 +60,7 @@ if importlib.util.find_spec("submitit") is not None:
             if code in (REQUEUE_EXIT_CODE, -signal.SIGUSR1):  # the latter before it could handle signals
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends the step while scontrol, a part of it, runs
                 queue_again(signal.SIGUSR1, None)  # does not return on rank 0
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(END_WAIT_S)
                 sys.exit(REQUEUE_EXIT_CODE)
             if code:
