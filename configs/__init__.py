@@ -7,6 +7,7 @@ mean in the shell.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -44,6 +45,12 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, node in SECTIONS.items():
         store.store(name=f"{name}_schema", node=node)
+    if importlib.util.find_spec("submitit") is not None:  # the extra `slurm`
+        from hydra.core.plugins import Plugins
+
+        from configs.slurm import SlurmLauncher
+
+        Plugins.instance().register(SlurmLauncher)
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config") -> schema.RunConfig:

@@ -5,6 +5,9 @@ USER_ERROR_EXIT_CODE = 2
 OUT_OF_MEMORY_EXIT_CODE = 3
 """The GPU's memory does not suffice for the model at this micro-batch."""
 
+REQUEUE_EXIT_CODE = 75
+"""After SIGUSR1 (EX_TEMPFAIL): saved, and meant to be started again. A job script tests it and requeues."""
+
 
 class UserError(Exception):
     """A message to show without a traceback: what was given, what is wrong with it, and the remedy."""

@@ -20,8 +20,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Final, Self
 
-REQUEUE_EXIT_CODE: Final = 75
-"""Exit code after SIGUSR1 (EX_TEMPFAIL): saved, and meant to be started again. A job script tests it and requeues."""
+from configs.errors import REQUEUE_EXIT_CODE
 
 _STOP: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S: Final = 1.0

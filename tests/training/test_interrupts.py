@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from training.interrupts import REQUEUE_EXIT_CODE, Interrupts
+from configs.errors import REQUEUE_EXIT_CODE
+from training.interrupts import Interrupts
 
 LOOP = """
 import os, signal, sys, time

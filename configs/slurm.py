@@ -10,12 +10,10 @@ class is called with; several settings (`--multirun seed=1,2`) become a job arra
 - Surroundings. The job composes the config again, in a process that has not called `configs.launch`.
 
 The job's own description is a pickle that the submitting command writes into the run folder and its job reads back.
-Hydra looks for launchers in this package and nowhere else.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -24,48 +22,47 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+
 from configs import CONFIG_FOLDER, register
-from configs.errors import UserError
-from training.interrupts import REQUEUE_EXIT_CODE
+from configs.errors import REQUEUE_EXIT_CODE, UserError
 
 END_WAIT_S = 120.0
 """Ranks above 0 wait so long to be ended by SLURM: some clusters end a whole step when one of its ranks leaves."""
 
-if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
-    from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 
-    class SlurmLauncher(submitit_launcher.SlurmLauncher):
-        """Submits jobs and waits for them; in the job it is called, and runs one setting of the sweep."""
+class SlurmLauncher(submitit_launcher.SlurmLauncher):
+    """Submits jobs and waits for them; in the job it is called, and runs one setting of the sweep."""
 
-        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-            """Submit all jobs and wait for their ends. Raises `UserError` where there is no SLURM or a job failed."""
-            prepare_environment()
-            from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        """Submit all jobs and wait for their ends. Raises `UserError` where there is no SLURM or a job failed."""
+        prepare_environment()
+        from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
-            try:
-                return super().launch(job_overrides, initial_job_idx)
-            except (FailedJobError, FailedSubmissionError, UncompletedJobError) as error:
-                raise UserError(f"A SLURM job failed: {failure(error)}") from error
-            except RuntimeError as error:
-                if "srun" not in str(error):
-                    raise
-                raise UserError("hydra/launcher=slurm: there is no srun here; submit from a SLURM cluster.") from error
+        try:
+            return super().launch(job_overrides, initial_job_idx)
+        except (FailedJobError, FailedSubmissionError, UncompletedJobError) as error:
+            raise UserError(f"A SLURM job failed: {failure(error)}") from error
+        except RuntimeError as error:
+            if "srun" not in str(error):
+                raise
+            raise UserError("hydra/launcher=slurm: there is no srun here; submit from a SLURM cluster.") from error
 
-        def __call__(self, *arguments: Any) -> Any:
-            """In the job, on one rank: run, and have the job queued again if the run asks for it."""
-            register()
-            queue_again = leave_signal_to_the_run()
-            result = super().__call__(*arguments)
-            code = result.return_value
-            if code in (REQUEUE_EXIT_CODE, -signal.SIGUSR1):  # the latter before it could handle signals
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends the step while scontrol, a part of it, runs
-                queue_again(signal.SIGUSR1, None)  # does not return on rank 0
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(END_WAIT_S)
-                sys.exit(REQUEUE_EXIT_CODE)
-            if code:
-                raise RuntimeError(f"the run ended with exit code {code}")
-            return result
+    def __call__(self, *arguments: Any) -> Any:
+        """In the job, on one rank: run, and have the job queued again if the run asks for it."""
+        register()
+        queue_again = leave_signal_to_the_run()
+        result = super().__call__(*arguments)
+        code = result.return_value
+        if code in (REQUEUE_EXIT_CODE, -signal.SIGUSR1):  # the latter before it could handle signals
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends the step while scontrol, a part of it, runs
+            queue_again(signal.SIGUSR1, None)  # does not return on rank 0
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(END_WAIT_S)
+            sys.exit(REQUEUE_EXIT_CODE)
+        if code:
+            raise RuntimeError(f"the run ended with exit code {code}")
+        return result
 
 
 def failure(error: Exception) -> str:
