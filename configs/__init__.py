@@ -32,6 +32,8 @@ SECTIONS: dict[str, type[schema.RunConfig]] = {
     "forecast": schema.ForecastRunConfig,
 }
 """Primary config file → its schema: `config` for `train.py`, others for tools with a section of their own."""
+SLURM_LAUNCHER = "hydra_plugins.flashtrain.SlurmLauncher"
+"""`configs.slurm.SlurmLauncher`, as hydra/launcher/slurm.yaml names it."""
 
 Config = TypeVar("Config", bound=schema.RunConfig)
 
@@ -50,7 +52,8 @@ def register() -> None:
 
         from configs.slurm import SlurmLauncher
 
-        Plugins.instance().register(SlurmLauncher)
+        # By a name in Hydra's own package: `Plugins.register` takes any class, but Hydra starts none from elsewhere.
+        Plugins.instance().class_name_to_class[SLURM_LAUNCHER] = SlurmLauncher
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config") -> schema.RunConfig:
