@@ -120,16 +120,18 @@ def traffic(job: Job) -> Traffic:
         job.engine.zero_stage
     ]
     weights = {0: 0, 1: 1, 2: 1, 3: 2 * repeats}[job.engine.zero_stage] * job.element_bytes
-    return Traffic(ring * count * gradients, ring * count * weights, _exchanged(job))
+    tokens = repeats * job.micro_batch_tokens
+    heads = exchanged_bytes(job.model, job.engine, job.element_bytes, tokens)
+    return Traffic(ring * count * gradients, ring * count * weights, heads)
 
 
-def _exchanged(job: Job) -> float:
-    """Bytes of sequence parallelism: queries, keys, values and the output, forward, backward and recomputed."""
-    sizes, ranks = resolve_dimensions(job.model), job.engine.sequence_parallel_size
+def exchanged_bytes(model: ModelConfig, engine: EngineConfig, element_bytes: int, tokens: float) -> float:
+    """Bytes of sequence parallelism for a rank's tokens: queries, keys, values and the output, forward, backward and
+    recomputed."""
+    sizes, ranks = resolve_dimensions(model), engine.sequence_parallel_size
     columns = (2 * sizes.num_heads + 2 * max(sizes.num_kv_heads, ranks)) * sizes.head_dim
-    passes = 2 if job.engine.recompute is Recompute.none else 3
-    elements = job.accumulation_steps * job.micro_batch_tokens * sizes.num_layers * columns * passes
-    return elements * job.element_bytes * (ranks - 1) / ranks
+    passes = 2 if engine.recompute is Recompute.none else 3
+    return tokens * sizes.num_layers * columns * passes * element_bytes * (ranks - 1) / ranks
 
 
 def forecast(job: Job, cluster: Cluster) -> Forecast:

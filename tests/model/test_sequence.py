@@ -42,13 +42,16 @@ def loss_of(model: GPT, config: ModelConfig, documents: bool) -> torch.Tensor:
     return sums
 
 
-def results(name: str, group: SequenceGroup | None, compiled: bool = False) -> list[torch.Tensor]:
+def results(
+    name: str, group: SequenceGroup | None, compiled: bool = False, recompute: bool = False
+) -> list[torch.Tensor]:
     """The sums (2,) and all gradients, added up over the ranks."""
     options, documents = CASES[name]
     torch.manual_seed(1)
     config = small(init_std=0.2, **options)
     model = build_model(config)
     model.set_sequence_group(group)
+    model.set_recompute(recompute)
     if compiled:
         model.compile_blocks()
     sums = loss_of(model, config, documents)
@@ -80,6 +83,7 @@ def rank_main(rank: int, size: int, port: int, answers: Any) -> None:
     found["dropped"] = [dropped(group)]
     if size == 2:
         found["compiled"] = results(COMPILED, group, compiled=True)
+        found["recomputed"] = results(COMPILED, group, recompute=True)
     model = build_model(small())
     model.set_sequence_group(group)
     found["logits"] = [model(batch(model.config)[0]).detach()]
@@ -124,6 +128,10 @@ def test_ranks_compute_what_one_does(on_ranks: Any, size: int, name: str) -> Non
 
 def test_blocks_compile_with_the_exchange_inside(on_ranks: Any) -> None:
     compare(on_ranks[2]["compiled"], COMPILED)
+
+
+def test_recomputed_blocks_exchange_again(on_ranks: Any) -> None:
+    compare(on_ranks[2]["recomputed"], COMPILED)
 
 
 def test_each_rank_drops_attention_weights_of_its_own(on_ranks: Any) -> None:

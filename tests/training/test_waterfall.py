@@ -392,6 +392,15 @@ def test_least_communication(stage: int, per_weight: int) -> None:
     assert work.least_bytes[C.communication] == pytest.approx(count * 3 / 4 * per_weight)
 
 
+def test_exchanged_heads_count_as_communication() -> None:
+    """A rank's 64 tokens in two layers: two heads of 32, and as many keys, values and outputs, there and back."""
+    plain, shared = (
+        work_of(config.model, config.engine, Precision.bf16, tokens=64, accumulation=3, world_size=4).least_bytes
+        for config in (run_config(1), run_config(1, sequence_parallel_size=2))
+    )
+    assert shared[C.communication] - plain[C.communication] == 64 * 2 * (4 * 64) * 2 * 2 / 2
+
+
 def example(**changes: Any) -> Report:
     """Two steps of 500 µs."""
     made = Made(1000)

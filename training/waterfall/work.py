@@ -12,7 +12,8 @@ made of them tells how far a part is from the memory's own; it is low where a pa
     accumulation          a pass over all gradients a micro-batch: read e, read and write the sum; nothing with
                           `engine.fuse_weight_gradients`, but for the vectors of norms
     optimizer             gradient, master and two moments read, the last three written, the weight written: 28 + e
-    communication         ring collectives: (W-1)/W of what is reduced, scattered or gathered
+    communication         ring collectives: (W-1)/W of what is reduced, scattered or gathered; sequence parallelism's
+                          exchanges of heads, as `training.forecast` counts them
 
 E width, M MLP width, L layers, V vocabulary with padding, W ranks.
 """
@@ -25,6 +26,7 @@ from configs.schema import Activation, EngineConfig, ModelConfig, Precision
 from model.dimensions import resolve_dimensions
 from model.flops import FlopsPerToken, flops_per_token, parameter_counts
 from training.backend import should_fuse_weight_gradients
+from training.forecast import exchanged_bytes
 from training.waterfall.names import Category
 
 ELEMENT_BYTES = {Precision.bf16: 2, Precision.fp16: 2, Precision.fp32: 4}
@@ -56,6 +58,8 @@ def work_of(
     least = {kind: float(tokens * element * count) for kind, count in _activation_elements(model).items()}
     fused = should_fuse_weight_gradients(engine, precision)
     least |= _weight_bytes(model, engine, element, accumulation, world_size, fused)
+    if engine.sequence_parallel_size > 1:
+        least[Category.communication] += exchanged_bytes(model, engine, element, tokens)
     return Work(tokens, per_token, flops, least)
 
 
