@@ -65,7 +65,7 @@ def test_finished_run_says_so(runs: Runs, finished: tuple[Path, str]) -> None:
         (["train.micro_batch_size=3"], ["train.global_batch_size", "train.micro_batch_size"]),
         (["resume=nowhere"], ["resume=nowhere does not exist"]),
         (["model.attention=flash", "model.head_dim=300"], ["model.head_dim", "256"]),
-        (["engine=zero3", "engine.compile=on"], ["engine.compile=on"]),
+        (["engine=zero3", "engine.fuse_weight_gradients=on"], ["engine.fuse_weight_gradients=on"]),
         (["model.vocab_size=100"], ["model.vocab_size=100"]),
         (["logging.wandb=online"], ["logging.wandb=online", "logging.wandb=auto"]),
     ],

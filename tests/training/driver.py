@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import Device, Precision
+from configs.schema import Device, Precision, Toggle
 from tests.training.conftest import make_batch, make_engine, run_config
 from training import backend, checkpoint, distributed, rng, shards
 from training.distributed import Processes
@@ -46,6 +46,8 @@ class Job:
     steps: int = 6
     save_every: int = 2
     precision: str = "fp32"
+    fuse: str = "auto"
+    """`engine.fuse_weight_gradients`."""
     sequence: int = 1
     """Ranks that share each sample."""
     fault: str = ""
@@ -168,6 +170,7 @@ def run_rank(job: Job, rank: int, port: int) -> None:
     micro = 4 * job.sequence // job.world_size
     config = run_config(job.stage, accumulation=2, micro=micro, sequence_parallel_size=job.sequence)
     config.engine.precision = Precision(job.precision)
+    config.engine.fuse_weight_gradients = Toggle(job.fuse)
     config.model.dropout = 0.1 if job.precision == "bf16" else 0.0
     engine = make_engine(config, own)
     rng.seed_rank(config.seed, rank)

@@ -260,7 +260,8 @@ def test_operator() -> None:
 
 
 def rank_main(rank: int, world_size: int, port: int, answers: Any) -> None:
-    """One of the ranks: the norm, the loss and the reduced sums of a step, at each stage."""
+    """One of the ranks: the norm, the loss and the reduced sums of a step, at each stage; of each sum the elements that
+    this rank has, and the first one's place."""
     import os
 
     torch.set_num_threads(1)
@@ -274,7 +275,9 @@ def rank_main(rank: int, world_size: int, port: int, answers: Any) -> None:
         config.train.accumulation_steps = 4 // world_size
         one = make_engine(config, own)
         one.accumulate(make_batch(0, config, rank, world_size))  # type: ignore[arg-type]
-        sums = {name: total.numpy() for name, total in sums_of(one).items()}
+        totals = sums_of(one)
+        held = {at.name: (at.start, at.length) for at in one.partition.ranges(owned=False)}
+        sums = {name: (start, totals[name].flatten()[start : start + n].numpy()) for name, (start, n) in held.items()}
         one.partition.drop()
         result = train(one, 0, 1)[0]
         found[stage] = (result.loss, result.grad_norm, sums)
@@ -304,12 +307,18 @@ def test_ranks_reduce_the_sums() -> None:
     alone, both = run_ranks(1)[0], run_ranks(2)
     for stage in STAGES:
         loss, norm, sums = alone[stage]
+        seen = dict.fromkeys(sums, 0)
         for rank in (0, 1):
             rank_loss, rank_norm, rank_sums = both[rank][stage]
             assert rank_loss == pytest.approx(loss, rel=1e-6)
             assert rank_norm == pytest.approx(norm, rel=1e-5)
-            for name, total in sums.items():
-                assert abs(rank_sums[name] - total).max() <= 1e-5 * abs(total).max() + 1e-9, name
+            for name, (start, part) in rank_sums.items():
+                total = sums[name][1]
+                seen[name] += part.size
+                own = total[start : start + part.size]
+                assert abs(part - own).max() <= 1e-5 * abs(total).max() + 1e-9, name
+        copies = 2 if stage == 0 else 1  # at stage 0 each rank has all sums, at stage 1 its part of them
+        assert seen == {name: copies * total.size for name, (_, total) in sums.items()}
 
 
 @pytest.mark.gpu
