@@ -212,19 +212,28 @@ def die_while_others_wait(job: Job, rank: int) -> None:
             after_step(hang)(Job(job.folder, [], at_step=job.at_step, fault_rank=other), rank)
 
 
-def nan_gradient(job: Job, rank: int) -> None:
-    """The loss is finite, its gradient not, at one step of the process."""
-    plain, calls = Engine.forward, []
+def in_forward(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Job, int], None]:
+    """`change` the sums of the losses at one step of the process."""
 
-    def forward(self: Engine, micro: Any) -> torch.Tensor:
-        sums = plain(self, micro)
-        if sums.requires_grad:
+    def arm(job: Job, rank: int) -> None:
+        plain, calls = Engine.forward, []
+
+        def forward(self: Engine, micro: Any) -> torch.Tensor:
+            sums = plain(self, micro)
+            if not sums.requires_grad:
+                return sums
             calls.append(1)
-            if len(calls) == job.at_step:
-                sums.register_hook(lambda gradient: gradient * torch.nan)
-        return sums
+            return change(sums) if len(calls) == job.at_step else sums
 
-    Engine.forward = forward  # type: ignore[method-assign]
+        Engine.forward = forward  # type: ignore[method-assign]
+
+    return arm
+
+
+def nan_gradient(sums: torch.Tensor) -> torch.Tensor:
+    """The loss is finite, its gradient not."""
+    sums.register_hook(lambda gradient: gradient * torch.nan)
+    return sums
 
 
 def signal_in_evaluation(job: Job, rank: int) -> None:
@@ -280,7 +289,8 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "fail": after_step(fail),
     "wandb": after_step(kill_children),
     "die while others wait": die_while_others_wait,
-    "nan": nan_gradient,
+    "nan": in_forward(nan_gradient),
+    "spike": in_forward(lambda sums: sums * 1e4),
     "signal in evaluation": signal_in_evaluation,
     "signal in save": signal_in_save,
     "slow save": slow_save,
