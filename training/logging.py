@@ -327,13 +327,14 @@ def _has_key(base_url: str) -> bool:
 def _why_unreachable(url: str, timeout_s: float) -> str:
     """Empty if `url` gives any HTTP answer (through the proxy of the environment, if any) in time; else the reason.
 
-    In a thread, since looking up a name can block for longer than any timeout of a socket.
+    In a thread, since looking up a name can block for longer than any timeout of a socket. The socket's is longer than
+    ours, so that silence is always told by the same words.
     """
     failures: list[str] = []
 
     def ask() -> None:
         with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it says
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=2 * timeout_s + 1).close()
 
     thread = _in_thread(ask, failures)
     thread.join(timeout_s)
