@@ -132,12 +132,12 @@ def run_script(place: Path, name: str, restarts: int) -> int | None:
         environment["SLURM_RESTART_COUNT"] = str(restarts)
     with (place / "output").open("a") as output:
         process = subprocess.Popen(["bash", place / "script"], env=environment, stdout=output, stderr=output)
-    while process.poll() is None:
-        if (place / "requeue").exists():
-            end_step(place, process)
-            (place / "requeue").unlink()
-            return None
+    while process.poll() is None and not (place / "requeue").exists():
         time.sleep(0.02)
+    if (place / "requeue").exists():  # also where the script asked for it and has ended since
+        end_step(place, process)
+        (place / "requeue").unlink()
+        return None
     return process.returncode
 
 
