@@ -181,7 +181,7 @@ class ModelConfig:
     sqrt(2·num_layers)."""
     fused: Toggle = Toggle.auto
     """Our Triton kernel for the softmax of the loss. auto: on CUDA. off: PyTorch operations, as on a CPU."""
-    fused_norms: Toggle = Toggle.off
+    fused_norms: Toggle = Toggle.auto
     """Our Triton kernels for a block's norms with the residual sums around them. auto: on CUDA. off: PyTorch
     operations, which `engine.compile` fuses in part."""
 
