@@ -160,7 +160,7 @@ def measure(
         problem = str(error)
     if trial is None:
         console.print(f"{label}: {problem}", markup=False, soft_wrap=True)
-        return Row(engine, world_size, batch, *[None] * 6, problem=problem)
+        return replace(Row(engine, world_size, batch, *[None] * 6), problem=problem)
     console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
     reference = next((r for r in done if r.engine == engine and r.tokens_per_s), None)
     base = trial.tokens_per_s / world_size
