@@ -54,6 +54,10 @@ class Job:
     """Ranks that share each sample."""
     width: int = 64
     """Of the model."""
+    heads: int = 2
+    kv_heads: int = 2
+    dropout: float = 0.1
+    """In bf16; there is none in fp32."""
     fault: str = ""
     """Where a rank is killed, or has a NaN; see `FAULTS`."""
     fault_step: int = 0
@@ -176,10 +180,10 @@ def run_rank(job: Job, rank: int, port: int) -> None:
     config = run_config(
         job.stage, accumulation=SAMPLES // takers // micro, micro=micro, sequence_parallel_size=job.sequence
     )
-    config.model.width = job.width
+    config.model.width, config.model.num_heads, config.model.num_kv_heads = job.width, job.heads, job.kv_heads
     config.engine.precision = Precision(job.precision)
     config.engine.fuse_weight_gradients = Toggle(job.fuse)
-    config.model.dropout = 0.1 if job.precision == "bf16" else 0.0
+    config.model.dropout = job.dropout if job.precision == "bf16" else 0.0
     engine = make_engine(config, own)
     rng.seed_rank(config.seed, rank)
     folder = Path(job.folder) / "checkpoints"
