@@ -343,8 +343,9 @@ class EngineConfig:
     """Keep optimizer states in CPU memory; stages 1 to 3."""
     offload_params: bool = False
     """Keep parameters in CPU memory; stage 3."""
-    bucket_size: int = 500_000_000
-    """Elements a communication bucket at stages 1 to 3."""
+    bucket_size: int = 50_000_000
+    """Elements a communication bucket at stages 1 to 3: smaller ones overlap more and take less memory, larger ones
+    wait less. 50 M in fp32 travel in 0.6 ms between two H200, whose latency is 16 µs."""
     overlap_comm: bool = True
     """Overlap gradient communication with the backward pass at stages 1 to 3."""
     sequence_parallel_size: int = 1
