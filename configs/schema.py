@@ -22,6 +22,7 @@ class Attention(StrEnum):
     flash = "flash"
     flash1 = "flash1"
     sdpa = "sdpa"
+    cudnn = "cudnn"
     standard = "standard"
 
 

@@ -3,6 +3,7 @@
     flash      FlashAttention-2 in Triton (`kernels`), nothing of size S x S in memory
     flash1     the first FlashAttention's schedule, for comparisons
     sdpa       PyTorch's `scaled_dot_product_attention`; what its fast kernels don't know becomes a mask of S x S
+    cudnn      the same, by cuDNN alone, its fastest kernels on a Hopper GPU
     standard   product, softmax, product: the baseline
 
 All compute softmax(cap(Q K^T / sqrt(D)) + bias) V over the keys that a query may see: itself and what came before
@@ -22,6 +23,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from configs.errors import UserError
@@ -36,7 +38,7 @@ from model.sequence import SequenceGroup, heads_on_rank, to_heads, to_tokens
 logger = logging.getLogger(__name__)
 
 DOCUMENTS = "model.attention={} has no document mask; use model.attention=flash or sdpa, or data.document_mask=false"
-MAX_HEAD_DIM = {Attention.flash: FLASH_MAX_HEAD_DIM, Attention.flash1: FLASH1_MAX_HEAD_DIM}
+MAX_HEAD_DIM = {Attention.flash: FLASH_MAX_HEAD_DIM, Attention.flash1: FLASH1_MAX_HEAD_DIM, Attention.cudnn: 128}
 """Largest head dim of the kernels."""
 
 
@@ -78,11 +80,13 @@ def problems(config: ModelConfig, attention: Attention, documents: bool = False)
             f"{name}: head dim {head_dim} is above the kernels' limit of {MAX_HEAD_DIM[attention]}; "
             "use more heads (model.num_heads, model.head_dim) or model.attention=sdpa"
         )
-    if attention is Attention.sdpa and config.attention_softcap > 0:
+    if attention in (Attention.sdpa, Attention.cudnn) and config.attention_softcap > 0:
         found.append(
             f"{name} has no soft cap (model.attention_softcap={config.attention_softcap:g}); "
             "use model.attention=flash or standard, or model.attention_softcap=0"
         )
+    if attention is Attention.cudnn and head_dim % 8:
+        found.append(f"{name}: head dim {head_dim} is no multiple of 8; use model.attention=flash or sdpa")
     if attention in (Attention.flash1, Attention.standard) and documents:
         found.append(DOCUMENTS.format(attention.value))
     if attention is Attention.flash1:
@@ -111,6 +115,11 @@ def resolve_attention(config: ModelConfig, device: torch.device, dtype: torch.dt
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if chosen in (Attention.flash, Attention.flash1) and device.type == "cpu" and not interpreted:
         found.append(f"model.attention={chosen.value} needs a CUDA device; on a CPU use model.attention=sdpa")
+    if chosen is Attention.cudnn and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
+        found.append(
+            "model.attention=cudnn needs a CUDA device and 16 bits (engine.precision=bf16 or fp16), given "
+            f"{device.type} and {str(dtype).removeprefix('torch.')}; use model.attention=sdpa"
+        )
     if found:
         raise UserError("\n".join(found))
     return chosen
@@ -174,6 +183,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> T
         enable_gqa=num_heads != k.shape[2],
     )
     return out.transpose(1, 2)  # (B, S, H, D)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, scores: Scores, context: Context) -> Tensor:
+    """PyTorch's attention with cuDNN's kernels and no others."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, scores, context)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -259,6 +274,7 @@ IMPLEMENTATIONS: dict[Attention, Callable[[Tensor, Tensor, Tensor, Scores, Conte
     Attention.flash: flash,
     Attention.flash1: flash1,
     Attention.sdpa: sdpa,
+    Attention.cudnn: cudnn,
     Attention.standard: standard,
 }
 

@@ -61,7 +61,7 @@ def test_overrides_win_over_experiments() -> None:
         ("+new.key=3", "'new.key'"),
         ("train.steps=many", "'train.steps': Value 'many'"),
         ("seed=null", "'seed': it cannot be null"),
-        ("model.attention=flsh", "[auto, flash, flash1, sdpa, standard]"),
+        ("model.attention=flsh", "[auto, flash, flash1, sdpa, cudnn, standard]"),
         ("experiment=gpt2", "There is no experiment 'gpt2'"),
         ("engine=zero4", "zero3_offload"),
         ("train=3", "'train'"),

@@ -159,6 +159,15 @@ def test_a_window_hides_what_lies_before_it(window: int) -> None:
     assert differs.nonzero().flatten().tolist() == list(range(4, 4 + window + 1))
 
 
+def test_cudnn_says_what_it_needs() -> None:
+    config = small(attention=Attention.cudnn, head_dim=20, attention_softcap=3.0)
+    with pytest.raises(UserError) as error:
+        resolve_attention(config, torch.device("cuda"), torch.float32)
+    for part in ("head dim 20 is no multiple of 8", "has no soft cap", "needs a CUDA device and 16 bits"):
+        assert part in str(error.value)
+    assert resolve_attention(small(attention=Attention.cudnn), torch.device("cuda"), torch.bfloat16) is Attention.cudnn
+
+
 def test_no_token_sees_the_future() -> None:
     for options in ({}, LLAMA | {"num_kv_heads": 1}, {"position": Position.alibi}):
         config = small(init_std=0.2, **options)

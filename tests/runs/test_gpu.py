@@ -29,10 +29,10 @@ def test_default_is_bf16_flash_and_compiled(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_flash_and_standard_attention_train_alike(runs: Runs, tmp_path: Path) -> None:
-    for kind in ("flash", "standard", "sdpa"):
+    for kind in ("flash", "standard", "sdpa", "cudnn"):
         runs.run(*GPU, f"model.attention={kind}", f"run_dir={tmp_path / kind}")
     reference = losses(tmp_path / "standard")
-    for kind in ("flash", "sdpa"):
+    for kind in ("flash", "sdpa", "cudnn"):
         for step, (loss, _) in losses(tmp_path / kind).items():
             assert loss == pytest.approx(reference[step][0], rel=5e-3), (kind, step)
 
