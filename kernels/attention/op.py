@@ -186,15 +186,20 @@ def _forward_fake(num_tensors: int) -> Callable[..., tuple[Tensor, Tensor]]:
     return forward
 
 
-def _new_gradients(packed: tuple[Tensor, ...], wanted: list[bool], varlen: bool) -> list[Tensor]:
+def _new_gradients(packed: tuple[Tensor, ...], wanted: tuple[bool, ...], varlen: bool) -> list[Tensor]:
     """One contiguous gradient per input, an empty tensor where none is wanted. Varlen gradients start at 0:
     tokens past cu_seqlens[-1] belong to no sequence, and no kernel writes them."""
-    make = Tensor.new_zeros if varlen else Tensor.new_empty
-    return [make(t, t.shape) if want else t.new_empty(0) for t, want in zip(packed, wanted, strict=True)]
+    make = torch.zeros_like if varlen else torch.empty_like
+    return [
+        make(tensor, memory_format=torch.contiguous_format) if want else tensor.new_empty(0)
+        for tensor, want in zip(packed, wanted, strict=True)
+    ]
 
 
-def _wanted(num_tensors: int, need_q: bool, need_kv: bool) -> list[bool]:
-    return {3: [need_q, need_kv, need_kv], 2: [need_q, need_kv], 1: [need_q or need_kv]}[num_tensors]
+def _wanted(num_tensors: int, need_q: bool, need_kv: bool) -> tuple[bool, ...]:
+    if num_tensors == 1:
+        return (need_q or need_kv,)
+    return (need_q, need_kv, need_kv)[:num_tensors]
 
 
 def _backward(num_tensors: int) -> Callable[..., Any]:
@@ -204,13 +209,8 @@ def _backward(num_tensors: int) -> Callable[..., Any]:
         options = args[num_tensors + 2 :]
         extras = _parse_extras(options)
         grads = _new_gradients(packed, _wanted(num_tensors, need_q, need_kv), extras.varlen)
-        if num_tensors == 3:
-            dq, dk, dv = (g if g.numel() == t.numel() else None for g, t in zip(grads, packed, strict=True))
-        elif num_tensors == 2:
-            dq = grads[0] if need_q else None
-            dk, dv = (grads[1].select(-3, 0), grads[1].select(-3, 1)) if need_kv else (None, None)
-        else:
-            dq, dk, dv = unpack((grads[0],))
+        slices = unpack(tuple(grads)) if num_tensors == 1 or need_kv else (grads[0], None, None)
+        dq, dk, dv = slices if need_q or num_tensors == 1 else (None, *slices[1:])
         q, k, v = unpack(packed)
         tensors = (dout, dlse, out, lse, *packed, *options[:NUM_EXTRAS])
         key = key_of(tensors, (need_q, need_kv, *options[NUM_EXTRAS:]))
@@ -314,7 +314,7 @@ _apply: Any = super(torch.autograd.Function, _KnownCallFunction).apply
 
 def run_known(call: KnownCall, packed: tuple[Tensor, ...], extras: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable, of tensors that `is_plain` and geometry that ``call`` was learned from."""
-    if torch.is_grad_enabled() and any([t.requires_grad for t in packed]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in packed):
         out, lse = _apply(call, extras, *packed)
         return out, lse
     return call.known.forward(packed, _parse_extras(extras))
@@ -332,30 +332,26 @@ def learn_call(key: tuple[Any, ...], name: str, packed: tuple[Tensor, ...], opti
         known_calls[key] = KnownCall(name, scalars, known)
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
-
 def is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether an operator called now on ``tensors``, the first of them present, would come to our kernels and nothing
-    else: no mode, no autocast, no transform, no profiler that wants to hear of operators, no tensor that only looks like
-    one, and a single device."""
-    include, exclude = _usual_keys()
+    else: no mode, no autocast, no transform, no profiler that wants to hear of operators, no tensor that only looks
+    like one, and a single device."""
+    tls, dispatch_keys = _usual_keys(), torch._C._dispatch_keys
     if (
         torch._C._len_torch_function_stack()
         or torch.autograd._profiler_enabled()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() != include
-        or torch._C._dispatch_tls_local_exclude_set().raw_repr() != exclude
+        or torch._C._dispatch_tls_local_include_set().raw_repr() != tls[0]
+        or torch._C._dispatch_tls_local_exclude_set().raw_repr() != tls[1]
     ):
         return False
     first = tensors[0]
-    if first is None or type(first) not in _PLAIN_TYPES:
-        return False
-    index, keys = first.get_device(), _plain_keys(first.device.type)
+    assert first is not None
+    index, keys = first.get_device(), _plain_keys(first.is_cuda)
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES
+            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
             or tensor.get_device() != index
-            or torch._C._dispatch_keys(tensor).raw_repr() != keys
+            or dispatch_keys(tensor).raw_repr() != keys
         ):
             return False
     return True
@@ -377,9 +373,9 @@ def _usual_keys() -> tuple[int, int]:
 
 
 @functools.cache
-def _plain_keys(device: str) -> int:
-    """Dispatch keys of a tensor that is nothing special. Called where `_usual_keys` hold."""
-    return torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr()
+def _plain_keys(cuda: bool) -> int:
+    """Dispatch keys of a tensor that is nothing special, of a GPU or of the CPU. Called where `_usual_keys` hold."""
+    return torch._C._dispatch_keys(torch.empty(0, device="cuda" if cuda else "cpu")).raw_repr()
 
 
 def _register_autocast(name: str, num_tensors: int) -> None:

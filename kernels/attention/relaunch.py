@@ -132,8 +132,7 @@ class _Replay:
 
     def start(self, tensors: Sequence[Tensor]) -> bool:
         """Start the kernel on ``tensors``. False, and nothing started, if it must be done another way."""
-        runtime = knobs.runtime
-        if _is_set(runtime.launch_enter_hook) or _is_set(runtime.launch_exit_hook):
+        if _is_hooked():
             return False
         values = self._values.copy()
         low_bits = 0
@@ -229,9 +228,13 @@ def _needs_more(launcher: Any) -> bool:
     return bool(scratch) or vars(launcher).get("gsan_enabled", False)
 
 
-def _is_set(hook: Any) -> bool:
-    """Whether a launch hook does anything: a chain of none doesn't."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+def _is_hooked() -> bool:
+    """Whether a launch hook does anything: a chain of none, the usual state, doesn't."""
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    try:
+        return bool(before.calls or after.calls)
+    except AttributeError:  # a function or None in place of a chain
+        return before is not None or after is not None
 
 
 def _has_tensor(value: Any) -> bool:
