@@ -2,8 +2,8 @@
 
 A shared library with the soname of the real driver stands behind Triton's own launcher: kernels are compiled for real,
 descriptors are encoded (their fields written in a row, instead of NVIDIA's packed form) and launches noted with every
-byte of their parameters. So it can be measured what a launch costs the host beside the driver's own time, and shown that
-two ways to launch give the kernel the same bytes.
+byte of their parameters. So it can be measured what a launch costs the host beside the driver's own time, and shown
+that two ways to launch give the kernel the same bytes.
 
 Only in a process of its own that has not used CUDA: `install`, then `activate`. CPU tensors stand for those of
 the GPU. Needs gcc, as Triton does.
@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
 SOURCE = r"""
 #include <cuda.h>
 #include <stdint.h>
@@ -82,7 +84,8 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
 }
 
 #define OK(name, ...) CUresult name(__VA_ARGS__) { return CUDA_SUCCESS; }
-#define SETS(name, type, value, ...) CUresult name(type *out, ##__VA_ARGS__) { *out = (type)(value); return CUDA_SUCCESS; }
+#define SETS(name, type, value, ...) \
+  CUresult name(type *out, ##__VA_ARGS__) { *out = (type)(value); return CUDA_SUCCESS; }
 OK(cuInit, unsigned flags)
 SETS(cuDeviceGetCount, int, 1)
 SETS(cuDriverGetVersion, int, 13020)
@@ -158,9 +161,12 @@ def activate() -> None:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    from kernels.attention import op
+    from kernels.attention import op, portable
     from kernels.attention.hopper import launch
 
+    libc = ctypes.CDLL(None)  # keeps what is freed, as the GPU's allocator does: no new pages, the same addresses again
+    libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**30)
     active = CudaDriver()
     active.get_device_capability = lambda device=0: (9, 0)
     active.get_current_device = lambda: 0
@@ -169,6 +175,7 @@ def activate() -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
     describe: Any = op.describe
     op.describe = lambda *args: _replaced(describe(*args))
+    portable.device_capability = lambda tensor: (9, 0)
     launch._num_sms = lambda device: 132  # type: ignore[assignment]
 
 

@@ -11,7 +11,6 @@ short runs (other processes only add). ``--triton 3.6.0`` takes the triton in ``
 
 import argparse
 import cProfile
-import ctypes
 import functools
 import os
 import pstats
@@ -22,8 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's mallopt."""
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -107,9 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.triton:
         sys.path.insert(0, str(ROOT / ".cache" / "triton" / args.triton))
     os.environ.pop("TRITON_INTERPRET", None)
-    libc = ctypes.CDLL(None)  # keep freed memory, as the GPU's allocator does: no new pages, the same addresses again
-    libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**30)
     from kernels.fake_cuda import activate, install
 
     with tempfile.TemporaryDirectory() as directory:

@@ -84,11 +84,9 @@ def _check_alibi(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> None:
         raise ValueError(f"alibi_slopes are on {alibi_slopes.device}, q on {q.device}: one device is needed")
 
 
-def _random_state(tensor: Tensor, dropout_p: float) -> Tensor | None:
+def _random_state(tensor: Tensor) -> Tensor:
     """(2,) int64: seed and offset of a dropout mask, from torch's own generator: reproducible under manual_seed, new on
-    every replay of a CUDA graph. None without dropout."""
-    if dropout_p == 0.0:
-        return None
+    every replay of a CUDA graph."""
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=tensor.device)
 
 
@@ -139,13 +137,14 @@ def _run(
             key = _op.key_of((*packed, *extras), (name, *scalars))
     call = _op.known_calls.get(key) if key is not None else None
     if call is not None:
-        options = (*extras, _random_state(packed[0], dropout_p), *call.scalars)
+        rng_state = _random_state(packed[0]) if dropout_p > 0.0 else None
+        options = (*extras, rng_state, *call.scalars)
         out, lse = _op.run_known(call, packed, options[: _op.NUM_EXTRAS])
     else:
         window = _check(packed, cu_seqlens, dropout_p, window_size, alibi_slopes)
         max_q, max_k = max_seqlens or (packed[0].shape[1], packed[-1].shape[1])
         scale = packed[0].shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        rng_state = _random_state(packed[0], dropout_p)
+        rng_state = _random_state(packed[0]) if dropout_p > 0.0 else None
         options = (*extras, rng_state, max_q, max_k, scale, causal, *window, softcap, dropout_p, deterministic)
         out, lse = _OVERLOADS[name](*packed, *options)
         if key is not None:

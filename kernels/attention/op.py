@@ -11,8 +11,8 @@ Every forward returns (out, lse), both differentiable. Operators are opaque to `
 output shapes (fake kernels), cast q, k, v under autocast, and refuse second derivatives. Random numbers are
 drawn outside (``rng_state``), so that an operator is a pure function of its arguments.
 
-PyTorch's way to an operator written in Python costs the host as much as starting its kernels. So a call that PyTorch has
-taken once is known by its geometry, and the next one like it goes past the dispatcher, straight to the kernels
+PyTorch's way to an operator written in Python costs the host as much as starting its kernels. So a call that PyTorch
+has taken once is known by its geometry, and the next one like it goes past the dispatcher, straight to the kernels
 (`run_known`), wherever the dispatcher would have done nothing but come there (`is_plain`).
 """
 
@@ -68,11 +68,13 @@ class _Known:
 
     def forward(self, packed: tuple[Tensor, ...], extras: AttnExtras) -> tuple[Tensor, Tensor]:
         """(out, lse) of the tensors of an operator."""
-        q, k, v = unpack(packed)
+        q, k, v = packed if len(packed) == 3 else unpack(packed)
         if not self.ready:
             q, k, v = (_kernel_ready(t) for t in (q, k, v))
-        with device_of(q):
-            return self.path.forward(q, k, v, self.params, extras, self.memo)
+        if is_elsewhere(q):
+            with torch.cuda.device(q.device):
+                return self.path.forward(q, k, v, self.params, extras, self.memo)
+        return self.path.forward(q, k, v, self.params, extras, self.memo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,6 @@ class KnownCall:
 _known: dict[tuple[Any, ...], _Known] = {}
 known_calls: dict[tuple[Any, ...], KnownCall] = {}
 _MAX_KNOWN = 4096
-_HERE = contextlib.nullcontext()
 
 
 def forget() -> None:
@@ -98,24 +99,17 @@ def forget() -> None:
     known_calls.clear()
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``tensor`` the current one, on which kernels start."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(tensor.device)
-
-
-def _geometry(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """All of a tensor that the launch of a kernel depends on, but its address."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15 == 0
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is not on the current device, on which kernels start."""
+    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 
 def key_of(tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`tensors` of one call, the first of them present, and its scalars: what `_Known` is known by."""
-    device = tensors[0].device if tensors[0] is not None else None
-    return (os.environ.get(PATH_ENV), device, *map(_geometry, tensors), *scalars)
+    """All that the launch of a kernel depends on but addresses: what a call on ``tensors``, the first of them present,
+    and ``scalars`` is known by."""
+    assert tensors[0] is not None
+    geometry = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15 == 0) for t in tensors]
+    return (os.environ.get(PATH_ENV), tensors[0].device, *geometry, *scalars)
 
 
 def _learn(key: tuple[Any, ...], tensors: tuple[Tensor, ...], options: tuple[Any, ...], direction: Any) -> _Known:
@@ -218,8 +212,12 @@ def _backward(num_tensors: int) -> Callable[..., Any]:
         if not known.ready:
             q, k, v, dout = (_kernel_ready(t) for t in (q, k, v, dout))
         dlse = None if dlse is None else dlse.contiguous()
-        with device_of(q):
-            known.path.backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, known.params, extras, known.memo)
+        arguments = (dout, q, k, v, out, lse, dlse, dq, dk, dv, known.params, extras, known.memo)
+        if is_elsewhere(q):
+            with torch.cuda.device(q.device):
+                known.path.backward(*arguments)
+        else:
+            known.path.backward(*arguments)
         return tuple(grads) if num_tensors > 1 else grads[0]
 
     return backward
@@ -261,6 +259,8 @@ def _gradients(
     else:
         grads = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default(*arguments)
     grads = grads if num_tensors > 1 else (grads,)
+    if all(wanted):
+        return grads
     return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 
@@ -314,7 +314,7 @@ _apply: Any = super(torch.autograd.Function, _KnownCallFunction).apply
 
 def run_known(call: KnownCall, packed: tuple[Tensor, ...], extras: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable, of tensors that `is_plain` and geometry that ``call`` was learned from."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in packed):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*packed):
         out, lse = _apply(call, extras, *packed)
         return out, lse
     return call.known.forward(packed, _parse_extras(extras))
@@ -416,7 +416,7 @@ def _define(name: str, inputs: tuple[str, ...]) -> None:
 
 def _probs(q: Tensor, k: Tensor, lse: Tensor, *options: Any) -> Tensor:
     params, extras = _parse_options(options)
-    with device_of(q):
+    with torch.cuda.device(q.device) if is_elsewhere(q) else contextlib.nullcontext():
         return portable.probabilities(_kernel_ready(q), _kernel_ready(k), lse, params, extras)
 
 

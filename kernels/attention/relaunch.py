@@ -1,14 +1,15 @@
 """Starting one kernel again and again on other tensors of the same shapes, dtypes and device.
 
 Triton's own launch inspects every argument to find the compiled kernel, builds metadata for hooks that nobody set, and
-encodes every descriptor anew: more host time than everything else in a call. A :class:`Launch` lets it do so once, looks
-on at what it hands to its C launcher, and from then on hands over the same arguments itself, with the addresses of the
-tensors at hand exchanged. A descriptor in the hardware's form depends on the tensor's address and on what a launch holds
-fixed (shape, strides, dtype, box, swizzle), so it is kept by address; training uses the same addresses in every step.
+encodes every descriptor anew: more host time than everything else in a call. A :class:`Launch` lets it do so once,
+looks on at what it hands to its C launcher, and from then on hands over the same arguments itself, with the addresses
+of the tensors at hand exchanged. A descriptor in the hardware's form depends on the tensor's address and on what a
+launch holds fixed (shape, strides, dtype, box, swizzle), so it is kept by address; training uses the same addresses in
+every step.
 
 What is handed to the C launcher is no interface that Triton documents. Under another Triton than those checked, another
-backend, or a launch that looks different, the kernel is started by the interface that is documented for kernels compiled
-ahead (``compiled[grid](*arguments)``); so it is while a launch hook is set.
+backend, or a launch that looks different, the kernel is started by the interface that is documented for kernels
+compiled ahead (``compiled[grid](*arguments)``); so it is while a launch hook is set.
 """
 
 import copy
@@ -62,8 +63,8 @@ class Launch:
         self._aligned: _Replay | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Start the kernel on the current device, which must be that of ``tensors``: one for each place, in the order of
-        ``arguments``. None is passed over, so that an optional tensor may stand where there was none."""
+        """Start the kernel on the current device, which must be that of ``tensors``: one for each place, in the order
+        of ``arguments``. None is passed over, so that an optional tensor may stand where there was none."""
         given = [t for t in tensors if t is not None]
         replay = self._aligned
         if replay is None or not replay.start(given):
@@ -167,9 +168,7 @@ class _Maps(dict[int, Any]):
         return encoded
 
 
-def _replay_of(
-    compiled: Any, grid: tuple[int, ...], arguments: list[Any], places: dict[int, Any]
-) -> _Replay | None:
+def _replay_of(compiled: Any, grid: tuple[int, ...], arguments: list[Any], places: dict[int, Any]) -> _Replay | None:
     """How to start ``compiled`` directly, found by looking on while Triton prepares a start on ``arguments``; None if
     it doesn't look as expected. ``places``: index in ``arguments`` -> None for a tensor, or a descriptor's template."""
     if not (isinstance(compiled, CompiledKernel) and _triton_is_known()):

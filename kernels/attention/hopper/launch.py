@@ -216,7 +216,9 @@ def _which_to_copy(*tensors: Tensor) -> tuple[bool, ...] | None:
 
 
 def _addressable_copies(tensors: tuple[Tensor, ...], copies: tuple[bool, ...] | None) -> tuple[Tensor, ...]:
-    return tensors if copies is None else tuple(t.contiguous() if c else t for t, c in zip(tensors, copies, strict=True))
+    if copies is None:
+        return tensors
+    return tuple(t.contiguous() if copy else t for t, copy in zip(tensors, copies, strict=True))
 
 
 def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> ForwardPlan:
