@@ -403,8 +403,8 @@ def measure_host(args: argparse.Namespace, calls: int = 500) -> list[dict[str, A
     results: list[dict[str, Any]] = []
     for spec in args.implementations:
         attention, context = parse_implementation(spec)
-        for direction in ("forward", "backward"):
-            with context():
+        with context():
+            for direction in ("forward", "backward"):
                 call = make_call(attention, cell, direction, args.device, args.dtype)
                 for _ in range(20):
                     call()
@@ -416,7 +416,8 @@ def measure_host(args: argparse.Namespace, calls: int = 500) -> list[dict[str, A
                     for _ in range(calls):
                         call()
                     per_call.append((time.perf_counter() - start) / calls * 1e6)
-            results.append({"implementation": spec, "direction": direction, "host_us": statistics.median(per_call)})
+                host_us = statistics.median(per_call)
+                results.append({"implementation": spec, "direction": direction, "host_us": host_us})
     return results
 
 

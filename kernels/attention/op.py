@@ -314,9 +314,11 @@ _apply: Any = super(torch.autograd.Function, _KnownCallFunction).apply
 
 def run_known(call: KnownCall, packed: tuple[Tensor, ...], extras: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable, of tensors that `is_plain` and geometry that ``call`` was learned from."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*packed):
-        out, lse = _apply(call, extras, *packed)
-        return out, lse
+    if torch.is_grad_enabled():
+        for tensor in packed:
+            if tensor.requires_grad:
+                out, lse = _apply(call, extras, *packed)
+                return out, lse
     return call.known.forward(packed, _parse_extras(extras))
 
 

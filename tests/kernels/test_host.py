@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -206,3 +207,15 @@ def test_tensors_that_only_look_like_one_are_left_to_pytorch() -> None:
     torch.func.vmap(lambda x: (seen.append(op.is_plain((x,))), x)[1])(q.detach())
     torch.func.grad(lambda x: (seen.append(op.is_plain((x,))), x.sum())[1])(q.detach())
     assert seen == [False, False]
+
+
+def test_a_checkpointed_call_becomes_known_between_forward_and_recomputation(taken: list[str]) -> None:
+    """Both ways save the same tensors in the same order, which checkpointing insists on."""
+    given = inputs()
+    expected = torch.autograd.grad(kernels.flash_attn_func(*given).square().sum(), given)
+    op.forget()
+    out = torch.utils.checkpoint.checkpoint(kernels.flash_attn_func, *given, use_reentrant=False)
+    assert not taken
+    for got, true in zip(torch.autograd.grad(out.square().sum(), given), expected, strict=True):
+        assert torch.equal(got, true)
+    assert taken
