@@ -118,7 +118,7 @@ def test_calls_are_known_by_all_that_their_launch_depends_on() -> None:
         base.double(),
         torch.zeros(2 * 9 * 2 * 8 + 1)[1:].view_as(base),
     ]
-    keys = {op._key((t, None), (1, False)) for t in (base, *others)}
-    keys |= {op._key((base, None), (2, False)), op._key((base, base), (1, False))}
+    keys = {op.key_of((t, None), (1, False)) for t in (base, *others)}
+    keys |= {op.key_of((base, None), (2, False)), op.key_of((base, base), (1, False))}
     assert len(keys) == len(others) + 3
-    assert op._key((base.clone(), None), (1, False)) in keys
+    assert op.key_of((base.clone(), None), (1, False)) in keys

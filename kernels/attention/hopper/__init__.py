@@ -15,6 +15,7 @@ only.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -74,18 +75,13 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """See ``kernels.attention.dispatch``."""
-    from kernels.attention.hopper.launch import launch_forward
+    return _launchers().launch_forward(q, k, v, params, extras, memo)
 
-    lse_shape = (q.shape[1], q.shape[0]) if extras.varlen else (q.shape[0], q.shape[2], q.shape[1])
-    if extras.varlen or k.shape[-3] == 0:  # tokens past cu_seqlens[-1] are in no tile; without keys there is no tile
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
-    else:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if out.numel() > 0 and k.shape[-3] > 0 and params.max_seqlen_q > 0:
-        launch_forward(q, k, v, out, lse, params, extras, memo)
-    return out, lse
+
+@functools.cache
+def _launchers() -> Any:
+    """The part that imports Gluon: not every triton has what it needs."""
+    return importlib.import_module("kernels.attention.hopper.launch")
 
 
 def backward(
@@ -104,19 +100,14 @@ def backward(
     memo: dict[str, Any],
 ) -> None:
     """See ``kernels.attention.dispatch``."""
-    from kernels.attention.hopper.launch import addressable, launch_backward
-
-    if 0 in q.shape or 0 in k.shape or params.max_seqlen_q == 0 or params.max_seqlen_k == 0:
-        for grad in (dq, dk, dv):
-            if grad is not None:
-                grad.zero_()
+    if "empty" not in memo:
+        memo["empty"] = 0 in q.shape or 0 in k.shape or params.max_seqlen_q == 0 or params.max_seqlen_k == 0
+    if not memo["empty"]:
+        _launchers().launch_backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras, memo)
         return
-    targets = [t if t is not None and addressable(t) else torch.zeros_like(like) for t, like in ((dk, k), (dv, v))]
-    targets = [t if addressable(t) else torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in targets]
-    launch_backward(dout, q, k, v, out, lse, dlse, dq, targets[0], targets[1], params, extras, memo)
-    for grad, target in zip((dk, dv), targets, strict=True):
-        if grad is not None and grad is not target:
-            grad.copy_(target)
+    for grad in (dq, dk, dv):
+        if grad is not None:
+            grad.zero_()
 
 
 def compile_cases() -> list[CompileCase]:

@@ -169,43 +169,85 @@ def _num_sms(device: torch.device) -> int:
 class ForwardPlan:
     """A forward call but for its tensors."""
 
-    copies: tuple[bool, ...]
-    """Which of q, k, v the copy engine can't address: contiguous copies take their place."""
+    zero: bool
+    """Whether rows of out and LSE are in no tile: 0 and -inf there."""
+    lse_shape: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+    copies: tuple[bool, ...] | None
+    """Which of q, k, v the copy engine can't address: contiguous copies take their place. None: none of them."""
     bound: int
     """Upper bound of the query blocks of all sequences."""
     tiles: Launch | None
     """Lists the query blocks; varlen only."""
-    launch: Launch
+    launch: Launch | None
+    """None: there is no query or no key."""
+
+    def results(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for out and LSE, which the kernel is to fill."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty_strided(self.lse_shape, self.lse_strides, dtype=torch.float32, device=q.device)
+        return (out.zero_(), lse.fill_(float("-inf"))) if self.zero else (out, lse)
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras,
-    memo: dict[str, Any],
-) -> None:  # fmt: skip
-    """Fill ``out`` (as q) and ``lse`` (fp32, natural log); there is at least one query and one key."""
-    plan: ForwardPlan = memo.get("forward") or _plan_forward(q, k, v, out, lse, params, extras)
-    memo["forward"] = plan
-    q, k, v = (t.contiguous() if copy else t for t, copy in zip((q, k, v), plan.copies, strict=True))
+    q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """out (as q) and lse (fp32, natural log)."""
+    plan: ForwardPlan | None = memo.get("forward")
+    if plan is None:
+        plan = memo["forward"] = _plan_forward(q, k, v, params, extras)
+    out, lse = plan.results(q)
+    if plan.launch is None:
+        return out, lse
+    if plan.copies is not None:
+        q, k, v = _addressable_copies((q, k, v), plan.copies)
     if plan.tiles is not None:
         sched = _list_tiles(plan.tiles, extras.cu_seqlens_q, plan.bound)
     else:
         sched = _tile_counter(q.device)
     plan.launch(q, k, v, out, lse, sched, extras.cu_seqlens_q, extras.cu_seqlens_k)
+    return out, lse
 
 
-def _plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttnParams, extras: AttnExtras
-) -> ForwardPlan:
+def _which_to_copy(*tensors: Tensor) -> tuple[bool, ...] | None:
+    """Which tensors the copy engine can't address; None: it can address all of them."""
+    copies = tuple(not addressable(t) for t in tensors)
+    return copies if any(copies) else None
+
+
+def _addressable_copies(tensors: tuple[Tensor, ...], copies: tuple[bool, ...] | None) -> tuple[Tensor, ...]:
+    if copies is None:
+        return tensors
+    return tuple(t.contiguous() if copy else t for t, copy in zip(tensors, copies, strict=True))
+
+
+def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> ForwardPlan:
     call = Call.of(q, k, params, extras)
+    copies = _which_to_copy(q, k, v)
+    shape = (call.num_heads, call.total_q) if call.varlen else (call.batch, call.num_heads, call.total_q)
+    out = torch.empty(q.shape, dtype=q.dtype, device="meta")
+    lse = torch.empty(shape, dtype=torch.float32, device="meta")
+    cu = extras.cu_seqlens_q
+    bound, tiles, launch = 0, None, None
+    if 0 not in q.shape and 0 not in k.shape and call.seqlen_q > 0:
+        tile = tuning.FORWARD[call.width]
+        bound = call.tiles("q", tile.block_m)
+        if cu is not None:
+            tiles = _plan_tile_list(cu, call, bound, tile.block_m, descending=params.window_right >= 0)
+        q, k, v = _addressable_copies((q, k, v), copies)
+        launch = _plan_forward_launch(call, bound, q, k, v, out, lse, params, extras)
+    zero = call.varlen or launch is None
+    return ForwardPlan(zero, shape, lse.stride(), copies, bound, tiles, launch)
+
+
+def _plan_forward_launch(
+    call: Call, bound: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttnParams,
+    extras: AttnExtras,
+) -> Launch:  # fmt: skip
     tile = tuning.FORWARD[call.width]
-    copies = tuple(not addressable(t) for t in (q, k, v))
-    q, k, v = (t.contiguous() if copy else t for t, copy in zip((q, k, v), copies, strict=True))
-    bound = call.tiles("q", tile.block_m)
     num_tiles = bound * call.num_heads
     group = call.num_heads // call.num_heads_k
     right = params.window_right >= 0
-    cu = extras.cu_seqlens_q
-    tiles = None if cu is None else _plan_tile_list(cu, call, bound, tile.block_m, descending=right)
     arguments = {
         "q_desc": describe_tensor(q, 64, call.width, call.varlen),
         "k_desc": describe_tensor(k, tile.block_n, call.width, call.varlen),
@@ -246,94 +288,122 @@ def _plan_forward(
         "PINGPONG": tile.pingpong,
     }
     num_programs = min(_num_sms(q.device), num_tiles)
-    launch = Launch(forward_kernel, num_programs, arguments, num_warps=4, enable_fp_fusion=True)
-    return ForwardPlan(copies, bound, tiles, launch)
+    return Launch(forward_kernel, num_programs, arguments, num_warps=4, enable_fp_fusion=True)
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardPlan:
     """A backward call but for its tensors."""
 
-    call: Call
-    copies: tuple[bool, ...]
-    """Which of dO, q, k, v the copy engine can't address: contiguous copies take their place."""
+    columns: int
+    """Queries of all heads, each row padded: see `_scratch`."""
+    width: int
+    turn_shape: tuple[int, int] | None
+    """Shape of the turns that key blocks take at dQ; None: they take none."""
+    copies: tuple[bool, ...] | None
+    """Which of dO, q, k, v the copy engine can't address: contiguous copies take their place. None: none of them."""
+    spares: tuple[bool, bool] | None
+    """Which of dK, dV are not wanted or the copy engine can't address: spare memory takes their place."""
     bound: int
     """Upper bound of the key blocks of all sequences."""
     preprocess: Launch
     tiles: Launch | None
     """Lists the key blocks; varlen only."""
     main: Launch
-    turns: bool
-    """Whether key blocks take turns at dQ."""
     postprocess: Launch | None
     """None: no dQ is wanted."""
 
 
 def launch_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-    dq: Tensor | None, dk: Tensor, dv: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any],
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, params: AttnParams, extras: AttnExtras,
+    memo: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Fill ``dk``, ``dv`` and, if given, ``dq``. ``dk`` and ``dv`` must be addressable by the copy engine; there is at
-    least one query and one key."""
+    """Fill those of ``dq``, ``dk`` and ``dv`` that are given. There is at least one query and one key."""
     plan: BackwardPlan | None = memo.get("backward")
     if plan is None:
-        plan = _plan_backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras)
-        memo["backward"] = plan
-    dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), plan.copies, strict=True))
-    lse_log2, delta, sums = _scratch(plan.call, q.device)
-    turns = _turns(plan.call, q.device) if plan.turns else None
+        plan = memo["backward"] = _plan_backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, params, extras)
+    if plan.copies is not None:
+        dout, q, k, v = _addressable_copies((dout, q, k, v), plan.copies)
+    target_k, target_v = dk, dv
+    if plan.spares is not None:
+        target_k, target_v = _targets(k, v, dk, dv, plan.spares)
+    lse_log2, delta, sums = _scratch(plan.columns, plan.width, q.device)
+    turns = None if plan.turn_shape is None else torch.empty(plan.turn_shape, dtype=torch.int32, device=q.device)
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     plan.preprocess(out, dout, lse, dlse, lse_log2, delta, sums, turns, cu_q)
     sched = None if plan.tiles is None else _list_tiles(plan.tiles, cu_k, plan.bound)
-    plan.main(q, k, v, dout, lse_log2, delta, sums, dk, dv, sched, cu_q, cu_k, turns)
+    plan.main(q, k, v, dout, lse_log2, delta, sums, target_k, target_v, sched, cu_q, cu_k, turns)
     if plan.postprocess is not None:
         plan.postprocess(sums, turns, dq, cu_q)
+    for grad, target in ((dk, target_k), (dv, target_v)):
+        if grad is not None and target is not None and grad is not target:
+            grad.copy_(target)
+
+
+def _targets(
+    k: Tensor, v: Tensor, dk: Tensor | None, dv: Tensor | None, spares: tuple[bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """What the kernel writes for dK and dV: themselves or, where ``spares`` says so, spare memory."""
+    return tuple(
+        torch.zeros(like.shape, dtype=like.dtype, device=like.device) if spare else grad
+        for grad, like, spare in ((dk, k, spares[0]), (dv, v, spares[1]))
+    )
 
 
 def _plan_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-    dq: Tensor | None, dk: Tensor, dv: Tensor, params: AttnParams, extras: AttnExtras,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> BackwardPlan:  # fmt: skip
     call = Call.of(q, k, params, extras)
-    copies = tuple(not addressable(t) for t in (dout, q, k, v))
-    dout, q, k, v = (t.contiguous() if copy else t for t, copy in zip((dout, q, k, v), copies, strict=True))
-    scratch = _scratch(call, q.device)
+    copies = _which_to_copy(dout, q, k, v)
+    dout, q, k, v = _addressable_copies((dout, q, k, v), copies)
+    spare_k, spare_v = (t is None or not addressable(t) for t in (dk, dv))
+    dk, dv = _targets(k, v, dk, dv, (spare_k, spare_v))
+    assert dk is not None
+    assert dv is not None
+    columns = call.scratch_rows * call.padded
+    scratch = _shaped(_scratch(columns, call.width, torch.device("meta")), call)
     take_turns = params.deterministic or tuning.BACKWARD[call.width].first_stores
-    turns = _turns(call, q.device) if take_turns else None
+    turn_shape = (call.scratch_rows, call.padded // tuning.BLOCK_M_BACKWARD) if take_turns else None
+    turns = None if turn_shape is None else torch.empty(turn_shape, dtype=torch.int32, device="meta")
     block_n = tuning.BLOCK_N_BACKWARD
     bound = call.tiles("k", block_n)
     cu = extras.cu_seqlens_k
     tiles = None if cu is None else _plan_tile_list(cu, call, bound, block_n, descending=False)
     return BackwardPlan(
-        call=call,
+        columns=columns,
+        width=call.width,
+        turn_shape=turn_shape,
         copies=copies,
+        spares=(spare_k, spare_v) if spare_k or spare_v else None,
         bound=bound,
         preprocess=_plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras),
         tiles=tiles,
         main=_plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras),
-        turns=take_turns,
         postprocess=None if dq is None else _plan_postprocess(call, scratch, turns, dq, params.softmax_scale, extras),
     )
 
 
-def _scratch(call: Call, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Device memory of one backward call, fp32, linear in the number of queries: LSE in log2 units and delta, each
-    [rows, padded], and the dQ sums [rows * padded * width / 256, 256], tiles in register order."""
-    rows, padded = call.scratch_rows, call.padded
-    lse_log2, delta = torch.empty((2, rows, padded), dtype=torch.float32, device=device).unbind()
-    return lse_log2, delta, torch.empty((rows * padded * call.width // 256, 256), dtype=torch.float32, device=device)
+def _scratch(columns: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Device memory of one backward call, fp32, linear in the number of queries: LSE in log2 units and delta, each of
+    ``columns`` numbers (a row per head, padded to whole tiles), and the dQ sums, columns * width, tiles in register
+    order. One allocation: each costs the host more than a microsecond."""
+    memory = torch.empty(columns * (2 + width), dtype=torch.float32, device=device)
+    return memory.split_with_sizes((columns, columns, columns * width))
+
+
+def _shaped(scratch: tuple[Tensor, ...], call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The scratch as the kernels see it: [rows, padded] twice and [rows * padded * width / 256, 256]."""
+    lse_log2, delta, sums = scratch
+    shape = (call.scratch_rows, call.padded)
+    return lse_log2.view(shape), delta.view(shape), sums.view(-1, 256)
 
 
 def _overlaps(call: Call) -> bool:
     """Whether the three kernels of a backward overlap. Not for varlen, whose list of tiles is made by a kernel between
     the first and the second, which all warps read at once."""
     return tuning.BACKWARD[call.width].pdl and not call.varlen
-
-
-def _turns(call: Call, device: torch.device) -> Tensor:
-    """int32 [rows, padded / 64]: how many key blocks have added to each query block's sums."""
-    shape = (call.scratch_rows, call.padded // tuning.BLOCK_M_BACKWARD)
-    return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], width: int) -> tuple[TensorDescriptor, ...]:

@@ -40,14 +40,15 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras, memo: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); see :mod:`kernels.attention.dispatch`."""
-    call = Call(q, k, params, extras, device_capability(q))
+    call = None if memo else Call(q, k, params, extras, device_capability(q))
+    if call is not None:
+        memo["lse_shape"] = call.lse_shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(memo["lse_shape"], dtype=torch.float32, device=q.device)
     if extras.varlen:  # tokens past cu_seqlens[-1] belong to no program
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.full(call.lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
-    else:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device)
-    if "forward" not in memo:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if call is not None:
         memo["forward"] = prepare(plan_forward(call, v, out, lse))
     memo["forward"](q, k, v, out, lse, *_optional(extras))
     return out, lse
