@@ -184,6 +184,9 @@ class ModelConfig:
     fused_norms: Toggle = Toggle.off
     """Our Triton kernels for a block's norms with the residual sums around them. auto: on CUDA. off: PyTorch
     operations, which `engine.compile` fuses in part."""
+    fused_gelu: Toggle = Toggle.off
+    """GELU inside the MLP's products, by cuBLASLt; only with `activation=gelu_tanh` and `bias=true`. auto: on CUDA in
+    16 bits. on: elsewhere too, by PyTorch operations of the same roundings."""
 
 
 @dataclass
