@@ -5,7 +5,8 @@
 
 Weak scaling keeps the batch of a rank (the global batch grows with the ranks); `scaling.strong=true` keeps the global
 batch. Efficiency is tokens/s per process relative to the first number of processes with the same engine. Each trial
-runs in fresh processes. Leaves `scaling.json` and `scaling.png` in the run folder, beside a folder for each trial.
+runs in fresh processes. Leaves `scaling.json` and `scaling.png` in the run folder, beside a folder for each trial; the
+JSON grows with each trial, and one that fails costs its own row only.
 
 Beside each measurement stands what `training.forecast` makes of the trial on one process and of the links, which are
 measured too. `scaling.forecast=[64,256,1024]` adds rows that are predicted only, for as many nodes of this kind.
@@ -39,10 +40,12 @@ from training.run import TOKENIZER, run_folder
 from training.trial import run_trial
 from training.waterfall.work import ELEMENT_BYTES
 
+NO_ROOM = "does not fit in memory"
+
 
 @dataclass(frozen=True)
 class Row:
-    """One engine on one number of processes; medians after the warm-up, None where the memory did not suffice."""
+    """One engine on one number of processes; medians after the warm-up, None where there is a `problem`."""
 
     engine: str
     world_size: int
@@ -64,33 +67,50 @@ class Row:
     """Seconds of a step in which communication isn't hidden, as predicted."""
     bytes_per_step: float | None = None
     """What a rank sends in a step, by `training.forecast`."""
+    problem: str | None = None
+    """Why nothing was measured: `NO_ROOM`, or how the trial failed."""
 
 
 def main(config: ScalingRunConfig) -> int:
-    """Run all trials, print the table, write the files."""
+    """Run all trials, print the table, write the files. Returns 1 if a trial failed for something else than memory."""
     check(config)
     console = wide_console()
     folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("scaling.", "run_dir=", "engine=", "--"))]
+    link = links(console, config)  # first, since it is over in seconds and processes that can't talk fail here
     rows: list[Row] = []
     for engine in config.scaling.engines:
         for world_size in config.scaling.world_sizes:
             rows.append(measure(console, config, overrides, engine, world_size, folder, rows))
-    link = (
-        probe(max(config.scaling.world_sizes), config.hardware.device) if len(config.scaling.world_sizes) > 1 else None
-    )
+            write_rows(config, folder, rows, link)  # what is measured stays, whatever comes later
     if link is not None:
         rows = predict(config, overrides, rows, link, folder)
     console.print(table_of(rows, config.scaling.strong))
-    facts = about(["scripts/scaling.py", *sys.argv[1:]])
-    kind = "strong" if config.scaling.strong else "weak"
-    write_json(
-        folder / "scaling.json",
-        {**facts, "scaling": kind, "link": link and asdict(link), "rows": [asdict(row) for row in rows]},
-    )
-    draw(rows, folder / "scaling.png", f"{kind.capitalize()} scaling of {config.name}, {facts['device']}")
+    write_rows(config, folder, rows, link)
+    draw(rows, folder / "scaling.png", f"{kind_of(config)} scaling of {config.name}, {about([])['device']}")
     console.print(f"{folder / 'scaling.json'}\n{folder / 'scaling.png'}", soft_wrap=True)
-    return 0
+    return int(any(row.problem not in (None, NO_ROOM) for row in rows))
+
+
+def links(console: Console, config: ScalingRunConfig) -> Link | None:
+    """The links between the largest number of processes; None if there is but one."""
+    largest = max(config.scaling.world_sizes)
+    if largest == 1:
+        return None
+    with console.status(f"links between {largest}"):
+        return probe(largest, config.hardware.device)
+
+
+def write_rows(config: ScalingRunConfig, folder: Path, rows: Sequence[Row], link: Link | None) -> None:
+    """`scaling.json`."""
+    facts = about(["scripts/scaling.py", *sys.argv[1:]])
+    found = {"scaling": kind_of(config).lower(), "link": link and asdict(link), "rows": [asdict(row) for row in rows]}
+    write_json(folder / "scaling.json", {**facts, **found})
+
+
+def kind_of(config: ScalingRunConfig) -> str:
+    """`Strong` or `Weak`."""
+    return "Strong" if config.scaling.strong else "Weak"
 
 
 def check(config: ScalingRunConfig) -> None:
@@ -126,17 +146,21 @@ def measure(
     batch = global_batch(config, world_size)
     label = f"{engine} on {world_size}"
     sizes = [f"train.global_batch_size={batch}", *micro_batch(config, world_size)]
-    with console.status(label) as status:
-        trial = run_trial(
-            [*overrides, *sizes, f"engine={engine}", f"logging.group=scaling-{config.name}"],
-            folder / f"{engine}_{world_size}",
-            steps=steps,
-            world_size=world_size,
-            on_step=partial(show_step, status, label, steps),
-        )
+    trial, problem = None, NO_ROOM
+    try:
+        with console.status(label) as status:
+            trial = run_trial(
+                [*overrides, *sizes, f"engine={engine}", f"logging.group=scaling-{config.name}"],
+                folder / f"{engine}_{world_size}",
+                steps=steps,
+                world_size=world_size,
+                on_step=partial(show_step, status, label, steps),
+            )
+    except UserError as error:
+        problem = str(error)
     if trial is None:
-        console.print(f"{label}: does not fit in memory")
-        return Row(engine, world_size, batch, None, None, None, None, None, None)
+        console.print(f"{label}: {problem}", markup=False, soft_wrap=True)
+        return replace(Row(engine, world_size, batch, *[None] * 6), problem=problem)
     console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
     reference = next((r for r in done if r.engine == engine and r.tokens_per_s), None)
     base = trial.tokens_per_s / world_size
@@ -166,7 +190,7 @@ def predict(config: ScalingRunConfig, overrides: list[str], rows: Sequence[Row],
             result += measured
             continue
         settings = compose([*overrides, f"engine={engine}"])
-        settings.model.vocab_size = vocabulary_of(folder / f"{engine}_1")
+        settings.model.vocab_size = settings.model.vocab_size or vocabulary_of(folder / f"{engine}_1")
         network = config.scaling.network_gb_per_s or link.gb_per_s
         cluster = Cluster(alone, link.gb_per_s, network, max(config.scaling.world_sizes), link.latency_us)
         further = [Row(engine, size, global_batch(config, size), *[None] * 6) for size in config.scaling.forecast]
@@ -199,7 +223,7 @@ def predicted(config: ScalingRunConfig, settings: RunConfig, row: Row, cluster: 
 
 
 def vocabulary_of(trial: Path) -> int:
-    """Tokens of the vocabulary that a trial trained with."""
+    """Tokens of the vocabulary that a trial took from its corpus."""
     from tokenizers import Tokenizer
 
     return int(Tokenizer.from_file(str(trial / TOKENIZER)).get_vocab_size())

@@ -24,7 +24,8 @@ from configs.schema import Device
 from training import distributed
 from training.distributed import Processes
 
-BYTES = 64 * 2**20
+BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+"""Of the large message, by device: like the gradients of a model, NVLink is at its full rate from some 100 MB on."""
 REPEATS = 9
 
 
@@ -42,9 +43,10 @@ class Link:
 def measure(processes: Processes) -> Link:
     """Collective; of at least two processes."""
     ranks = processes.world_size
-    large = _seconds(processes, BYTES // 4)
+    size = BYTES[processes.device.type]
+    large = _seconds(processes, size // 4)
     small = _seconds(processes, 1)
-    rate = 2 * (ranks - 1) / ranks * BYTES / max(large - small, 1e-9)
+    rate = 2 * (ranks - 1) / ranks * size / max(large - small, 1e-9)
     return Link(ranks, rate / 1e9, small / (2 * (ranks - 1)) * 1e6)
 
 
@@ -74,7 +76,8 @@ def probe(world_size: int, device: Device) -> Link:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"The links between {world_size} processes can't be measured:\n{done.stderr[-2000:]}")
-    return Link(**json.loads(done.stdout.splitlines()[-1]))
+    answer = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # NCCL may print around it
+    return Link(**json.loads(answer))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Self, cast
 
 import torch
 
-from configs.errors import OutOfMemoryError, UserError
+from configs.errors import OUT_OF_MEMORY, OutOfMemoryError, UserError
 from configs.schema import NonFinite, Precision, RunConfig
 from data import (
     GlobalBatch,
@@ -95,7 +95,7 @@ class Trainer:
         self.cleanup.close()
         if isinstance(error, torch.OutOfMemoryError):
             raise OutOfMemoryError(
-                f"Out of GPU memory at train.micro_batch_size={self.plan.micro_batch_size}: lower it, or set "
+                f"{OUT_OF_MEMORY} at train.micro_batch_size={self.plan.micro_batch_size}: lower it, or set "
                 "engine.recompute=block, or shard more (engine=zero2, zero3 on several GPUs)."
             ) from error
 

@@ -7,6 +7,7 @@ and checkpoints. What it measured is read from its metrics.jsonl: a comparison c
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import override
-from configs.errors import OUT_OF_MEMORY_EXIT_CODE, UserError
+from configs.errors import OUT_OF_MEMORY, OUT_OF_MEMORY_EXIT_CODE, UserError
 from training import metrics as m
 from training.logging import read_metrics
 
@@ -92,14 +93,21 @@ def run_trial(
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if process.returncode == OUT_OF_MEMORY_EXIT_CODE or "OutOfMemoryError" in (run_dir / "output.txt").read_text():
+    said = (run_dir / "output.txt").read_text()
+    # Under torchrun the exit code is torchrun's; an error while the model is built is PyTorch's own.
+    if process.returncode == OUT_OF_MEMORY_EXIT_CODE or OUT_OF_MEMORY in said or "OutOfMemoryError" in said:
         return None
     if process.returncode != 0:
-        tail = "\n".join((run_dir / "output.txt").read_text().splitlines()[-15:])
         raise UserError(
-            f"The trial in {run_dir} failed with exit code {process.returncode}. Its output ends with:\n{tail}"
+            f"The trial in {run_dir} failed with exit code {process.returncode}. Its output ends with:\n{end_of(said)}"
         )
     return summarise(read_metrics(run_dir / "metrics.jsonl"), steps)
+
+
+def end_of(output: str) -> str:
+    """The last lines of a run's output, without the two dozen that torchrun adds when a rank has failed."""
+    own = re.split(r"^[WE]\d{4} .*/torch/distributed/elastic/", output, maxsplit=1, flags=re.MULTILINE)[0]
+    return "\n".join((own if own.strip() else output).splitlines()[-15:])
 
 
 def summarise(rows: Sequence[dict[str, Any]], steps: int) -> Trial:

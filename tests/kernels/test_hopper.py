@@ -376,6 +376,7 @@ def test_supports(change: dict[str, Any], reason: str | None) -> None:
 
 def test_overlapping_kernels_are_dense_and_launched_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels wait for their predecessors (PDL) exactly where they may start early, and varlen never does."""
+    monkeypatch.setattr(launch, "_num_sms", lambda _: 3)
     monkeypatch.setitem(tuning.BACKWARD, 64, replace(tuning.BACKWARD[64], pdl=True))
     for case, overlaps in ((CASES[0], True), (Case(((100, 100),), varlen=True), False)):
         q, k, v, dout, params, extras = inputs(case)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from configs.schema import Attention, ModelConfig, Position
 from model import GPT, build_model
 from model.sequence import SequenceGroup, problems
+from model.weight_gradient import bind_sums
 from tests.model.small import LLAMA, batch, small
 
 STARTS = torch.tensor([0, 3, 12, 16, 17, 32], dtype=torch.int32)  # documents that begin and end on different ranks
@@ -43,9 +44,9 @@ def loss_of(model: GPT, config: ModelConfig, documents: bool) -> torch.Tensor:
 
 
 def results(
-    name: str, group: SequenceGroup | None, compiled: bool = False, recompute: bool = False
+    name: str, group: SequenceGroup | None, compiled: bool = False, recompute: bool = False, fused: bool = False
 ) -> list[torch.Tensor]:
-    """The sums (2,) and all gradients, added up over the ranks."""
+    """The sums (2,) and all gradients, added up over the ranks. `fused`: layers add theirs themselves."""
     options, documents = CASES[name]
     torch.manual_seed(1)
     config = small(init_std=0.2, **options)
@@ -54,10 +55,15 @@ def results(
     model.set_recompute(recompute)
     if compiled:
         model.compile_blocks()
+    totals = {p: torch.zeros_like(p.data) for p in model.parameters()}
+    if fused:
+        bind_sums(model, totals)
     sums = loss_of(model, config, documents)
     sums.sum().backward()
-    found = [sums.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    assert len(found) == 1 + len(list(model.parameters()))
+    for parameter, total in totals.items():
+        assert fused or parameter.grad is not None
+        total += 0.0 if parameter.grad is None else parameter.grad
+    found = [sums.detach(), *totals.values()]
     for tensor in found if group is not None else ():
         dist.all_reduce(tensor)
     return found
@@ -84,6 +90,7 @@ def rank_main(rank: int, size: int, port: int, answers: Any) -> None:
     if size == 2:
         found["compiled"] = results(COMPILED, group, compiled=True)
         found["recomputed"] = results(COMPILED, group, recompute=True)
+        found["fused"] = results(COMPILED, group, fused=True)
     model = build_model(small())
     model.set_sequence_group(group)
     found["logits"] = [model(batch(model.config)[0]).detach()]
@@ -132,6 +139,11 @@ def test_blocks_compile_with_the_exchange_inside(on_ranks: Any) -> None:
 
 def test_recomputed_blocks_exchange_again(on_ranks: Any) -> None:
     compare(on_ranks[2]["recomputed"], COMPILED)
+
+
+def test_layers_sum_their_own_gradients(on_ranks: Any) -> None:
+    """`engine.fuse_weight_gradients`, here in fp32, where nothing else rounds: autograd's gradients on one rank."""
+    compare(on_ranks[2]["fused"], COMPILED)
 
 
 def test_each_rank_drops_attention_weights_of_its_own(on_ranks: Any) -> None:

@@ -122,6 +122,38 @@ def test_failed_trial_shows_the_end_of_its_output(tmp_path: Path) -> None:
         run_trial(["train.stepz=3"], tmp_path / "trial", steps=3)
 
 
+def test_what_torchrun_says_of_a_failure_does_not_hide_it() -> None:
+    from training.trial import end_of
+
+    said = "step 1/9\nerror: Step 2 has a non-finite loss\n"
+    launcher = "W1124 18:08:11.946000 15 /lib/torch/distributed/elastic/multiprocessing/api.py:1028] Sending\n"
+    assert end_of(said + launcher + "  exitcode  : 2\n" * 30) == said.rstrip()
+    assert end_of(launcher + "no rank said anything").endswith("no rank said anything")
+
+
+def test_a_failed_trial_costs_its_own_row_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from configs import compose
+    from configs.schema import ScalingRunConfig
+
+    def trial(overrides: Sequence[str], run_dir: Path, **_: Any) -> Trial | None:
+        if run_dir.name == "zero2_1":
+            raise UserError("it failed")
+        return None if run_dir.name == "zero3_1" else TRIAL
+
+    monkeypatch.setattr(scaling, "run_trial", trial)
+    engines = "scaling.engines=[zero1,zero2,zero3]"
+    settings = ["experiment=quickstart", "scaling.world_sizes=[1]", engines, f"run_dir={tmp_path}"]
+    config = compose(settings, "scaling")
+    assert isinstance(config, ScalingRunConfig)
+    assert scaling.main(config) == 1
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [(row["tokens_per_s"], row["problem"]) for row in rows] == [
+        (100.0, None),
+        (None, "it failed"),
+        (None, scaling.NO_ROOM),
+    ]
+
+
 def test_summary_leaves_the_warm_up_out() -> None:
     rows = [
         {"step": s, "train/loss": 9.0 - s, "perf/tokens_per_s": float(s), "perf/step_time_s": 1.0, "perf/mfu": 0.1 * s}

@@ -33,6 +33,8 @@ from training.engine import Engine
 from training.state import TrainState
 
 DEADLINE_S = 60.0
+SAMPLES = 8
+"""Global batch, whatever the ranks."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,6 +52,12 @@ class Job:
     """`engine.fuse_weight_gradients`."""
     sequence: int = 1
     """Ranks that share each sample."""
+    width: int = 64
+    """Of the model."""
+    heads: int = 2
+    kv_heads: int = 2
+    dropout: float = 0.1
+    """In bf16; there is none in fp32."""
     fault: str = ""
     """Where a rank is killed, or has a NaN; see `FAULTS`."""
     fault_step: int = 0
@@ -167,11 +175,15 @@ def run_rank(job: Job, rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job.world_size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     own = distributed.init(Device.cpu, timeout_minutes=0.5)
-    micro = 4 * job.sequence // job.world_size
-    config = run_config(job.stage, accumulation=2, micro=micro, sequence_parallel_size=job.sequence)
+    takers = job.world_size // job.sequence
+    micro = max(4 // takers, 1)
+    config = run_config(
+        job.stage, accumulation=SAMPLES // takers // micro, micro=micro, sequence_parallel_size=job.sequence
+    )
+    config.model.width, config.model.num_heads, config.model.num_kv_heads = job.width, job.heads, job.kv_heads
     config.engine.precision = Precision(job.precision)
     config.engine.fuse_weight_gradients = Toggle(job.fuse)
-    config.model.dropout = 0.1 if job.precision == "bf16" else 0.0
+    config.model.dropout = job.dropout if job.precision == "bf16" else 0.0
     engine = make_engine(config, own)
     rng.seed_rank(config.seed, rank)
     folder = Path(job.folder) / "checkpoints"

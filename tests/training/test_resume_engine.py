@@ -26,13 +26,13 @@ def driver() -> Iterator[Driver]:
 @pytest.fixture(scope="module")
 def undisturbed(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], Path]:
     """The folder of a run of the same kind that nothing happened to."""
-    done: dict[tuple[int, int, str], Path] = {}
+    done: dict[tuple[int, int, str, int], Path] = {}
 
     def run(like: Job) -> Path:
-        key = (like.world_size, like.stage, like.precision)
+        key = (like.world_size, like.stage, like.precision, like.width)
         if key not in done:
             folder = tmp_path_factory.mktemp("undisturbed")
-            job = Job(str(folder), like.world_size, like.stage, precision=like.precision)
+            job = Job(str(folder), like.world_size, like.stage, precision=like.precision, width=like.width)
             assert driver.run(job).codes == [0] * like.world_size, log(folder)
             done[key] = folder
         return done[key]
@@ -164,6 +164,28 @@ def test_training_goes_on_in_another_layout(
     assert driver.run(Job(str(tmp_path), *after, steps=6)).codes == [0] * after[0], log(tmp_path)
     for step, values in losses(undisturbed(Job("", *before))).items():
         assert losses(tmp_path)[step] == pytest.approx(values, rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_eight_ranks_go_on_as_two_and_two_as_eight(
+    driver: Driver, undisturbed: Callable[[Job], Path], tmp_path: Path, stage: int
+) -> None:
+    """The losses of two ranks left alone, for the same global batches, but for fp32 rounding. At this width no vector
+    of the model can be cut into eight equal parts: some are padded, and the last rank has less than the others."""
+    width = 36
+    calm = losses(undisturbed(Job("", 2, stage, width=width)))
+    for before, after in ((8, 2), (2, 8)):
+        folder = tmp_path / f"from_{before}"
+        for ranks, steps in ((before, 2), (after, 6)):
+            job = Job(str(folder), ranks, stage, steps=steps, save_every=6, width=width)
+            assert driver.run(job).codes == [0] * ranks, log(folder)
+            path = checkpoint.find_checkpoint(folder)
+            assert checkpoint.step_of(path) == steps
+            assert len(checkpoint.read_manifest(path).shards) == ranks
+        found = losses(folder)
+        assert found.keys() == calm.keys()
+        for step, values in calm.items():
+            assert found[step] == pytest.approx(values, rel=1e-5), step
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.training.driver import Driver, Job
-from tests.training.test_resume_engine import log, losses
+from tests.training.test_resume_engine import content, log, losses
 from training import checkpoint
+
+GROUPED: dict[str, Any] = {"heads": 4, "kv_heads": 1}
+"""One key head, of which each rank of a group has a copy."""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,38 @@ def test_bf16_gradients_of_stage_1_are_those_of_stage_2(driver: Driver, tmp_path
     expected = tensors(two, "exp_avg")
     for name, gradient in tensors(one, "exp_avg").items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_fused_sums_in_bf16_are_as_good_as_one_ranks(driver: Driver, tmp_path: Path, world_size: int) -> None:
+    """Weight gradients added inside their products (fp32 sums of bf16 terms): their distance from fp32 gradients is one
+    rank's own. Tokens are rounded alike on any rank; only the order of sums, and what follows from it, differs."""
+    settings: dict[str, Any] = {"stage": 1, "steps": 1, "dropout": 0.0, **GROUPED}
+    exact = tensors(done(driver, Job(str(tmp_path / "fp32"), **settings)), "exp_avg")
+    settings |= {"precision": "bf16", "fuse": "on"}
+    one = done(driver, Job(str(tmp_path / "one"), **settings))
+    many = done(driver, Job(str(tmp_path / "many"), world_size, sequence=2, **settings))
+    assert losses(many)[1] == pytest.approx(losses(one)[1], rel=1e-4)
+
+    def error(folder: Path) -> float:
+        return sum(float((t - exact[name]).square().sum()) for name, t in tensors(folder, "exp_avg").items()) ** 0.5
+
+    assert 0 < error(many) < 1.1 * error(one)
+
+
+@pytest.mark.parametrize(("stage", "precision", "fuse"), [(1, "bf16", "on"), (3, "fp32", "auto")])
+def test_resume_is_exact(driver: Driver, tmp_path: Path, stage: int, precision: str, fuse: str) -> None:
+    """With dropout in bf16: random states are each rank's own."""
+
+    def job(name: str, steps: int) -> Job:
+        return Job(str(tmp_path / name), 2, stage, steps, precision=precision, fuse=fuse, sequence=2, **GROUPED)
+
+    whole = done(driver, job("whole", 6))
+    for steps in (2, 6):
+        parts = done(driver, job("parts", steps))
+    assert losses(parts) == losses(whole)
+    assert losses(parts, 1) == losses(whole, 1)
+    assert content(parts) == content(whole)
 
 
 def test_resume_changes_who_shares(driver: Driver, tmp_path: Path, alone: Path) -> None:

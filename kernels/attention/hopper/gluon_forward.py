@@ -80,6 +80,17 @@ def softmax_step(s, m, total, scale_log2):
 
 
 @gluon.jit
+def load_block(
+    desc, buf, full, empty, step, row, b, hk, start, length, STAGES: gl.constexpr, VARLEN: gl.constexpr
+):  # fmt: skip
+    """Waits until block ``step`` of a ring has its buffer free, and starts the copy of rows [row, ...) to it."""
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+    load_tile(desc, full.index(stage), buf.index(stage), b, hk, row, start, length, VARLEN)
+
+
+@gluon.jit
 def forward_producer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NWG: gl.constexpr,
@@ -110,26 +121,21 @@ def forward_producer(
         start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
         lo, hi = visible_keys(mb * BM, BM, Sq, Sk, wl, wr, BN, LEFT, RIGHT)
         hk = h // group
+        # K first: its buffer was free a block ago, Q's is not before the last S of the tile before.
+        load_block(k_desc, k_buf, k_full, k_empty, step_k, (hi - 1) * BN, b, hk, start_k, Sk, STAGES, VARLEN)
+        step_k += 1
         for w in gl.static_range(NWG):
             mbarrier.wait(q_empty.index(w), (n & 1) ^ 1)
             mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
             load_tile(q_desc, q_full.index(w), q_buf.index(w), b, h, mb * BM + w * 64, start_q, Sq, VARLEN)
-        for i in range(hi - lo + 1):
-            if i < hi - lo:
-                stage = step_k % STAGES
-                mbarrier.wait(k_empty.index(stage), ((step_k // STAGES) & 1) ^ 1)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                row = (hi - 1 - i) * BN
-                load_tile(k_desc, k_full.index(stage), k_buf.index(stage), b, hk, row, start_k, Sk, VARLEN)
-                step_k += 1
-            if i > 0:
-                stage = step_v % STAGES
-                mbarrier.wait(v_empty.index(stage), ((step_v // STAGES) & 1) ^ 1)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                row = (hi - i) * BN
-                load_tile(v_desc, v_full.index(stage), v_buf.index(stage), b, hk, row, start_k, Sk, VARLEN)
-                step_v += 1
-        fetched = gl.atomic_add(sched, 1)
+        for i in range(1, hi - lo):
+            load_block(k_desc, k_buf, k_full, k_empty, step_k, (hi - 1 - i) * BN, b, hk, start_k, Sk, STAGES, VARLEN)
+            load_block(v_desc, v_buf, v_full, v_empty, step_v, (hi - i) * BN, b, hk, start_k, Sk, STAGES, VARLEN)
+            step_k += 1
+            step_v += 1
+        fetched = gl.atomic_add(sched, 1)  # it travels while the last V waits for its buffer
+        load_block(v_desc, v_buf, v_full, v_empty, step_v, lo * BN, b, hk, start_k, Sk, STAGES, VARLEN)
+        step_v += 1
         if not VARLEN:
             # Each CTA fetches until it is told a number past the end, num_tiles fetches in all: the last one
             # leaves the counter as it was found, so that no launch is needed to clear it.
