@@ -51,7 +51,7 @@ Timing them in each process instead would let ranks, and a run and its resumptio
 """
 
 
-class Unsupported(RuntimeError):
+class UnsupportedError(RuntimeError):
     """The library has no algorithm for these operands."""
 
 
@@ -166,6 +166,15 @@ def config(algorithm: _Algorithm, attribute: int) -> int:
     return int(value.value)
 
 
+def preferred(epilogue: Epilogue, found: list[_Algorithm]) -> _Algorithm:
+    """The measured one of the candidates, else the first with K unsplit, else the first."""
+    whole = [a for a in found if config(a, SPLITS) == 1 and config(a, REDUCTION) == 0]
+    for algorithm in whole:
+        if tuple(config(algorithm, attribute) for attribute in (ALGORITHM_ID, TILE, CLUSTER)) == FASTEST[epilogue]:
+            return algorithm
+    return (whole or found)[0]
+
+
 class Plan:
     """A descriptor whose two pointers are set before each call, under a lock: the library reads them in the call."""
 
@@ -200,7 +209,7 @@ class Plan:
         return out
 
     def choose(self) -> _Algorithm:
-        """Of the heuristic's candidates the measured one, else the first with K unsplit, else the first.
+        """The `preferred` of the heuristic's candidates.
 
         A function of library, device and `kind` alone, and each candidate sums in a fixed order.
         """
@@ -225,13 +234,8 @@ class Plan:
         check(library().cublasLtMatmulPreferenceDestroy(preference), "PreferenceDestroy")
         found: list[_Algorithm] = [r.algorithm for r in results[: count.value] if r.status == 0]
         if status != 0 or not found:
-            raise Unsupported(f"cuBLASLt has no algorithm for {kind} (cublasStatus_t {status})")
-        whole = [a for a in found if config(a, SPLITS) == 1 and config(a, REDUCTION) == 0]
-        fastest = FASTEST[kind.epilogue]
-        for algorithm in whole:
-            if tuple(config(algorithm, attribute) for attribute in (ALGORITHM_ID, TILE, CLUSTER)) == fastest:
-                return algorithm
-        return (whole or found)[0]
+            raise UnsupportedError(f"cuBLASLt has no algorithm for {kind} (cublasStatus_t {status})")
+        return preferred(kind.epilogue, found)
 
     def run(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, aux: Tensor) -> None:
         workspace = torch.empty(
@@ -256,7 +260,7 @@ _planning = threading.Lock()
 def product(
     epilogue: Epilogue, a: Tensor, b: Tensor, out: Tensor, *, transpose_a: bool, bias: Tensor | None, aux: Tensor
 ) -> None:
-    """outᵀ = op(aᵀ)·bᵀ through the epilogue. Raises `Unsupported` where the library has no algorithm for it.
+    """outᵀ = op(aᵀ)·bᵀ through the epilogue. Raises `UnsupportedError` where the library has no algorithm for it.
 
     b (T, K); a (N, K) if `transpose_a` else (K, N); out and aux (T, N); bias (N,).
     """
@@ -266,7 +270,7 @@ def product(
         m.alignment < LEAST_ALIGNMENT or m.columns * m.dtype.itemsize % LEAST_ALIGNMENT
         for m in (*matrices, *([] if bias_kind is None else [bias_kind]))
     ):
-        raise Unsupported(f"no tokens, or addresses and rows that aren't whole {LEAST_ALIGNMENT} bytes")
+        raise UnsupportedError(f"no tokens, or addresses and rows that aren't whole {LEAST_ALIGNMENT} bytes")
     kind = Kind(out.get_device(), epilogue, transpose_a, a_kind, b_kind, out_kind, bias_kind, aux_kind)
     with _planning:
         plan = _plans.get(kind)

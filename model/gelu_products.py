@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from configs.errors import UserError
 from configs.schema import Activation, ModelConfig, Toggle
-from model.cublaslt import Epilogue, Unsupported, missing, product
+from model.cublaslt import Epilogue, UnsupportedError, missing, product
 from model.init import Linear
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
         out, argument = x.new_empty(shape), x.new_empty(shape)
         try:
             product(Epilogue.gelu_aux_bias, weight, x, out, transpose_a=True, bias=bias, aux=argument)
-        except Unsupported as error:
+        except UnsupportedError as error:
             _say_apart(str(error))
             argument = F.linear(x, weight, bias)
             out = F.gelu(argument, approximate="tanh")
@@ -103,7 +103,7 @@ def linear_gelu_backward(d_out: Tensor, weight: Tensor, argument: Tensor) -> Ten
         d_argument = torch.empty_like(argument)
         try:
             product(Epilogue.dgelu, weight, d_out, d_argument, transpose_a=False, bias=None, aux=argument)
-        except Unsupported as error:
+        except UnsupportedError as error:
             _say_apart(str(error))
             d_argument = torch.ops.aten.gelu_backward(d_out @ weight, argument, approximate="tanh")
         return d_argument

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from configs.errors import UserError
 from configs.schema import Activation, ModelConfig, Toggle
-from model import build_model, checks
+from model import build_model, checks, cublaslt
 from model.dimensions import resolve_dimensions
-from model.gelu_products import linear_gelu, linear_gelu_backward
+from model.gelu_products import linear_gelu, linear_gelu_backward, runs_fused
 from model.layers import MLP
 from model.weight_gradient import bind_sums
 from tests.model.small import LLAMA, batch, small
@@ -131,3 +133,23 @@ def test_what_it_needs(options: dict[str, Any]) -> None:
     config.fused_gelu = Toggle.auto
     assert not checks.check(config)
     assert MLP(config, resolve_dimensions(config)).fused is Toggle.off
+
+
+def test_on_says_why_it_cannot_be_and_auto_goes_without() -> None:
+    x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    wide: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    assert runs_fused(Toggle.on, None, x)
+    assert runs_fused(Toggle.auto, None, x)
+    for reason, given, said in (("too old", x, "too old"), (None, wide, "float32")):
+        assert not runs_fused(Toggle.auto, reason, given)
+        with pytest.raises(UserError, match=said):
+            runs_fused(Toggle.on, reason, given)
+
+
+def test_algorithm_is_the_measured_one_or_the_first_that_does_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates in the order of the heuristic on an H200: (id, tile, splits, reduction, cluster)."""
+    monkeypatch.setattr(cublaslt, "config", lambda numbers, key: numbers[(0, 1, 2, 3, 8).index(key)])
+    split, other, fastest = (39, 20, -1, 2, 14), (39, 20, 1, 0, 11), (39, 20, 1, 0, 9)
+    for found, expected in (([split, other, fastest], fastest), ([split, other], other), ([split], split)):
+        candidates: Any = found
+        assert cublaslt.preferred(cublaslt.Epilogue.dgelu, candidates) == expected

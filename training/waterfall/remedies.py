@@ -145,12 +145,10 @@ def norms(report: Report) -> Iterator[Remedy]:
 
 def gelu(report: Report) -> Iterator[Remedy]:
     """GELU in passes of its own."""
-    setting = report.setting
-    usable = (
-        setting.on_device and setting.precision is not Precision.fp32 and gelu_products.possible(setting.config.model)
-    )
+    setting, model = report.setting, report.setting.config.model
+    usable = setting.on_device and setting.precision is not Precision.fp32 and gelu_products.possible(model)
     if usable and not setting.gelu_in_products and gelu_products.why_not() is None:
-        text = f"GELU inside the MLP's products: model.fused_gelu=auto (now {setting.config.model.fused_gelu.value})"
+        text = f"GELU inside the MLP's products: model.fused_gelu=auto (now {model.fused_gelu.value})"
         yield Remedy(report.time_of(Category.activations), ("model.fused_gelu",), text)
 
 
