@@ -13,7 +13,6 @@ from tests.training.driver import Driver, Job
 from tests.training.test_resume_engine import content, log, losses
 from training import checkpoint
 
-
 GROUPED: dict[str, Any] = {"heads": 4, "kv_heads": 1}
 """One key head, of which each rank of a group has a copy."""
 
