@@ -181,7 +181,7 @@ class ModelConfig:
     sqrt(2·num_layers)."""
     fused: Toggle = Toggle.auto
     """Our Triton kernel for the softmax of the loss. auto: on CUDA. off: PyTorch operations, as on a CPU."""
-    fused_norms: Toggle = Toggle.off
+    fused_norms: Toggle = Toggle.auto
     """Our Triton kernels for a block's norms with the residual sums around them. auto: on CUDA. off: PyTorch
     operations, which `engine.compile` fuses in part."""
 
@@ -343,8 +343,9 @@ class EngineConfig:
     """Keep optimizer states in CPU memory; stages 1 to 3."""
     offload_params: bool = False
     """Keep parameters in CPU memory; stage 3."""
-    bucket_size: int = 500_000_000
-    """Elements a communication bucket at stages 1 to 3."""
+    bucket_size: int = 50_000_000
+    """Elements a communication bucket at stages 1 to 3: smaller ones overlap more and take less memory, larger ones
+    wait less. 50 M in fp32 travel in 0.6 ms between two H200, whose latency is 16 µs."""
     overlap_comm: bool = True
     """Overlap gradient communication with the backward pass at stages 1 to 3."""
     sequence_parallel_size: int = 1

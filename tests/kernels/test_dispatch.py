@@ -6,6 +6,7 @@ import torch
 import kernels
 from kernels.attention import dispatch
 from kernels.attention.dispatch import AttnExtras, AttnParams, Problem, choose_path, describe
+from kernels.attention.hopper import tuning
 from kernels.attention.portable import supports
 from kernels.attention.portable.tuning import choose_tile, padded_head_dim, section_heads
 from tests.kernels.cases import DEVICE, random
@@ -97,11 +98,24 @@ def test_tiles_fit(capability: tuple[int, int] | None, element_size: int) -> Non
 
 
 def test_sections() -> None:
-    """Powers of two, at least one head, at most all of them, within the budget."""
-    assert section_heads(2**30, 100) == 1
-    assert section_heads(2**20, 100) == 16
-    assert section_heads(1, 100) == 100
-    assert section_heads(0, 0) == 1
+    """At least one head, at most all of them, within the budget, and no wider than what is in flight."""
+    assert section_heads(2**30, 100, 1) == 1
+    assert section_heads(2**20, 100, 1) == 16
+    assert section_heads(1, 100, 1) == 100
+    assert section_heads(0, 0, 1) == 1
+    assert section_heads(2**18, 512, 4) == 64
+    assert section_heads(2**17, 512, 4) == 66  # 264 programs, 4 a head
+    assert section_heads(2**18, 512, 0) == 64
+
+
+def test_sections_on_hopper() -> None:
+    """As many heads as the SMs hold, in groups that share keys, if their tensors fit in L2."""
+    assert tuning.section_heads(2**18, 512, 4, 132) == 33
+    assert tuning.section_heads(2**23, 16, 128, 132) == 2
+    assert tuning.section_heads(2**25, 16, 256, 132) == 1
+    assert tuning.section_heads(2**30, 16, 1, 132) == 1
+    assert tuning.section_heads(2**16, 96, 4, 132, multiple=8) == 40
+    assert tuning.section_heads(2**16, 6, 4, 132, multiple=6) == 6
 
 
 def test_forced_path_reaches_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:

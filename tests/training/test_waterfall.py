@@ -515,13 +515,15 @@ def test_remedies_are_bounded_sorted_and_name_keys_that_exist() -> None:
 
 
 def test_fusions_are_remedies_where_they_are_off() -> None:
-    off = changed(run_config(1), "engine", fuse_weight_gradients=Toggle.off)
-    report = example(config=off)
+    unfused = changed(run_config(1), "model", fused_norms=Toggle.off)
+    report = example(config=changed(unfused, "engine", fuse_weight_gradients=Toggle.off))
     report = replace(report, parts=[*report.parts, replace(report.parts[0], category=C.accumulation, time_s=5e-5)])
     assert keys_of(report)[("engine.fuse_weight_gradients",)] == 5e-5
     assert keys_of(report)[("model.fused_norms",)] == pytest.approx(40e-6, rel=0.01)  # its few bytes take no time
-    on = changed(run_config(1), "model", fused_norms=Toggle.auto)
-    stage_2 = changed(run_config(2), "engine", fuse_weight_gradients=Toggle.off)
+    on = run_config(1)
+    stage_2 = changed(
+        changed(run_config(2), "model", fused_norms=Toggle.off), "engine", fuse_weight_gradients=Toggle.off
+    )
     for config in (on, stage_2):
         kept = replace(report, setting=replace(report.setting, config=config))
         assert ("engine.fuse_weight_gradients",) not in keys_of(kept)

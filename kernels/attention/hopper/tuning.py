@@ -73,9 +73,12 @@ def padded_head_dim(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def section_heads(bytes_per_head: int, num_heads: int, multiple: int = 1) -> int:
-    """How many heads to walk through side by side, so that what they re-read stays in L2: a multiple of
-    ``multiple``.
+def section_heads(bytes_per_head: int, num_heads: int, blocks_per_head: int, num_sms: int, multiple: int = 1) -> int:
+    """How many heads to walk through side by side: as many as occupy every SM once, in whole groups of ``multiple``
+    (heads that share keys), but no more than have what they re-read in L2 together. A section wider than the device
+    would come back to a head's tensors after they have left L2: at S = 512 that doubled the forward's DRAM traffic
+    (docs/kernel_log.md).
     """
-    groups = max(1, L2_BUDGET_BYTES // max(1, bytes_per_head * multiple))
-    return min(num_heads, groups * multiple)
+    fit = L2_BUDGET_BYTES // max(1, bytes_per_head * multiple)
+    fill = -(-num_sms // max(1, blocks_per_head * multiple))
+    return min(num_heads, max(1, min(fit, fill)) * multiple)

@@ -154,10 +154,11 @@ def prepare(plan: Plan) -> Launch:
     return Launch(plan.kernel, plan.num_programs, plan.arguments, **plan.tile.options())
 
 
-def _section(call: Call, streamed_rows: int, total_heads: int, sharing: int) -> int:
-    """Heads per section when programs stream two tensors of ``streamed_rows`` rows, shared by ``sharing`` heads."""
+def _section(call: Call, streamed_rows: int, total_heads: int, num_blocks: int, sharing: int) -> int:
+    """Heads per section when each of a head's ``num_blocks`` programs streams two tensors of ``streamed_rows`` rows,
+    shared by ``sharing`` heads."""
     row_bytes = call.head_dim * call.q.element_size()
-    return section_heads(2 * streamed_rows * row_bytes // sharing, total_heads)
+    return section_heads(2 * streamed_rows * row_bytes // sharing, total_heads, num_blocks)
 
 
 def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Plan:
@@ -175,7 +176,9 @@ def plan_forward(call: Call, v: Tensor, out: Tensor, lse: Tensor) -> Plan:
         "num_heads": call.num_heads,
         "num_blocks": num_blocks,
         "total_heads": total_heads,
-        "section": _section(call, call.params.max_seqlen_k, total_heads, call.num_heads // call.num_heads_k),
+        "section": _section(
+            call, call.params.max_seqlen_k, total_heads, num_blocks, call.num_heads // call.num_heads_k
+        ),
         "scale": max(abs(scale), TINY_SCALE) * math.log2(math.e),
         "NEGATE": scale < 0,
         **_strided(call, q=call.q, k=call.k, v=v, o=out),
@@ -230,7 +233,9 @@ def plan_dq(call: Call, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, dq
         "num_heads": call.num_heads,
         "num_blocks": num_blocks,
         "total_heads": total_heads,
-        "section": _section(call, call.params.max_seqlen_k, total_heads, call.num_heads // call.num_heads_k),
+        "section": _section(
+            call, call.params.max_seqlen_k, total_heads, num_blocks, call.num_heads // call.num_heads_k
+        ),
         "scale": call.params.softmax_scale * math.log2(math.e),
         "softmax_scale": call.params.softmax_scale,
         **_strided(call, q=call.q, k=call.k, v=v, do=dout, dq=dq),
@@ -257,7 +262,7 @@ def plan_dkdv(call: Call, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, 
         "num_heads_k": call.num_heads_k,
         "num_blocks": num_blocks,
         "total_heads_k": total_heads_k,
-        "section": _section(call, streamed_rows, total_heads_k, 1),
+        "section": _section(call, streamed_rows, total_heads_k, num_blocks, 1),
         "scale": call.params.softmax_scale * math.log2(math.e),
         "softmax_scale": call.params.softmax_scale,
         **_strided(call, q=call.q, k=call.k, v=v, do=dout, dk=dk, dv=dv),

@@ -99,7 +99,13 @@ L2_BUDGET_BYTES = 16 * 2**20
 for is 40 MB (A100), half of which a streaming read can count on."""
 
 
-def section_heads(streamed_bytes_per_head: int, total_heads: int) -> int:
-    """Heads that are walked together so that what they stream stays in L2 (a power of two, at least 1)."""
-    fit = max(1, L2_BUDGET_BYTES // max(1, streamed_bytes_per_head))
-    return min(1 << (fit.bit_length() - 1), max(1, total_heads))
+PROGRAMS_IN_FLIGHT = 264
+"""Two for each of a Hopper GPU's 132 multiprocessors, about as many as other training GPUs hold."""
+
+
+def section_heads(streamed_bytes_per_head: int, total_heads: int, blocks_per_head: int) -> int:
+    """Heads that are walked together: as many as the programs in flight belong to, but no more than have what they
+    stream in L2 together; at least 1. More would only bring a head's operands back after they have left L2."""
+    fit = L2_BUDGET_BYTES // max(1, streamed_bytes_per_head)
+    fill = -(-PROGRAMS_IN_FLIGHT // max(1, blocks_per_head))
+    return max(1, min(fit, fill, total_heads))

@@ -1,6 +1,9 @@
 """Run flash-attn's own published tests against our kernels.
 
     python -m tests.kernels.gpu.flash_attn_suite PATH/TO/flash-attention/tests/test_flash_attn.py [pytest arguments]
+    python -m tests.kernels.gpu.flash_attn_suite PATH/TO/test_flash_attn.py -n 16 --one-of 20
+
+It has some two hundred thousand cases; ``--one-of N`` runs those whose name's CRC-32 is a multiple of N.
 
 Puts modules named ``flash_attn`` into ``sys.modules`` that hand out our functions, then runs the given file. Its tests
 of key-value caches, paged keys and the generator slot (inference) are left out: those functions are not ours. Needs
@@ -9,6 +12,7 @@ of key-value caches, paged keys and the generator slot (inference) are left out:
 
 import sys
 import types
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -77,12 +81,26 @@ def install() -> None:
         sys.modules[name] = module
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-of", type=int, default=1, help="run one of N cases, chosen by name")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In every process that runs tests, before their file is imported."""
+    install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    n = config.getoption("--one-of")
+    items[:] = [item for item in items if zlib.crc32(item.nodeid.rpartition("::")[2].encode()) % n == 0]
+
+
 def main() -> int:
     if len(sys.argv) < 2:
         print(__doc__)
         return 2
-    install()
-    return int(pytest.main([sys.argv[1], "-p", "no:cacheprovider", "-k", DESELECTED, *sys.argv[2:]]))
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.kernels.gpu.flash_attn_suite"]
+    return int(pytest.main([sys.argv[1], *plugins, "-k", DESELECTED, *sys.argv[2:]]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The grid on a GPU: every head dim, dtype, mask and feature at real lengths, against fp64 truth.
+"""The grid on a GPU: every head dim, dtype, mask and feature at real lengths, against fp64 truth, on each path.
 
 What costs time here is compilation (each combination of features is a kernel of its own), so features meet masks at two
 head dims and the other head dims meet all features at once. ``-n 8`` compiles in parallel.
@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels.cases import Case, check_dense, check_varlen
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("path")]
 F16, BF16 = torch.float16, torch.bfloat16
 HEAD_DIMS = [1, 8, 16, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256]
 LENGTHS = [
