@@ -19,8 +19,8 @@ pytestmark = [
 ]
 STEPS = 3
 PRECISIONS = {Precision.fp32: 1e-5, Precision.bf16: 2e-3}
-"""Precision → how far losses may be from one rank's: the order of fp32 sums; in bf16 what they are rounded to, too, 2^-9
-of a value. Gradient norms: ten times as far."""
+"""Precision → how far losses may be from one rank's: by the order of fp32 sums, and in bf16 by its rounding, 2^-9 of a
+value. Gradient norms: ten times as far."""
 CASES = [(precision, stage, sequence) for precision in PRECISIONS for stage in (0, 1, 2, 3) for sequence in (1, 2)]
 Steps = list[tuple[float, float]]
 
