@@ -29,7 +29,7 @@ test: lint
 	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=15 $(ARGS)
 
 soak: .venv/installed
-	@FAULT_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_faults.py tests/data/test_prepare.py tests/data/test_tokenizer.py -k killed --timeout 3600 $(ARGS)
+	@FAULT_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs tests/data/test_prepare.py tests/data/test_tokenizer.py -k 'killed or eight_ranks' --timeout 3600 $(ARGS)
 
 test-gpu: .venv/installed
 	@$(BIN)/python -m pytest -m "gpu and not alone" -n 8 $(ARGS)

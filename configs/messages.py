@@ -7,9 +7,10 @@ import difflib
 import re
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
 
@@ -102,12 +103,12 @@ def _plain(error: Exception) -> str:
     return "The command line or a config file can't be read: " + "\n".join(lines[:12])
 
 
-def plain(value: object) -> object:
-    """Dataclasses, enums and lists as plain JSON and YAML values: `config.yaml`, wandb, checkpoints."""
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, enums and lists as plain JSON and YAML values: `config.yaml`, wandb, checkpoints."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value
+    return value.value if isinstance(value, Enum) else value

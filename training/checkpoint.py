@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.messages import plain
 from training import rng
-from training.differences import plain
 from training.distributed import Processes
 from training.engine import Engine
 from training.optimizer import LossScale

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
+from configs.messages import plain
 from configs.schema import RunConfig
 
 ABSENT = "(absent)"
@@ -40,33 +40,22 @@ class Difference:
 
 
 def compare_configs(saved: RunConfig | Mapping[str, Any], current: RunConfig | Mapping[str, Any]) -> list[Difference]:
-    """Keys whose values differ, those that matter first, else in the current config's order."""
-    before, now = flat(plain(saved)), flat(plain(current))
-    keys = [*now, *(key for key in before if key not in now)]
-    differences = [
-        Difference(key, before.get(key, ABSENT), now.get(key, ABSENT), matters(key))
-        for key in keys
-        if before.get(key, ABSENT) != now.get(key, ABSENT)
-    ]
+    """Keys whose values differ, those that matter first, else in the current config's order.
+
+    A key that didn't exist yet when `saved` was written counts as at its default, which is what was done before.
+    """
+    before, now, default = flat(plain(saved)), flat(plain(current)), flat(plain(RunConfig()))
+    differences = []
+    for key in [*now, *(key for key in before if key not in now)]:
+        was, value = before.get(key, default.get(key, ABSENT)), now.get(key, ABSENT)
+        if was != value:
+            differences.append(Difference(key, was, value, matters(key)))
     return sorted(differences, key=lambda difference: not difference.matters)
 
 
 def matters(key: str) -> bool:
     """Whether a change of the key changes what is trained, beyond rounding."""
     return not any(key == name or (name.endswith(".") and key.startswith(name)) for name in HARMLESS)
-
-
-def plain(config: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The config as nested JSON values: what a checkpoint keeps."""
-    values = config if isinstance(config, Mapping) else asdict(config)
-    return {key: plain(value) if isinstance(value, Mapping) else json_value(value) for key, value in values.items()}
-
-
-def json_value(value: Any) -> Any:
-    """A leaf as JSON has it."""
-    if isinstance(value, Enum):
-        return value.value
-    return list(value) if isinstance(value, tuple | list) else value
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,15 +34,19 @@ class Interrupts:
     Args:
         any_rank: (flag) -> whether any rank gave True; a collective, called by every `poll`. None: one process.
         notify: shows a line to the user; called from a thread of its own, once a signal.
+        last: whether the process ends after the block. Then SIGUSR1 stays ignored: all is saved, and its default action
+            would make a failure of the run.
     """
 
     def __init__(
         self,
         any_rank: Callable[[bool], bool] | None = None,
         notify: Callable[[str], None] | None = None,
+        last: bool = False,
     ) -> None:
         self._any_rank = any_rank
         self._notify = notify
+        self._last = last
         self._received: list[signal.Signals] = []
         self._first_sigint_s: float | None = None
         self._agreed = False
@@ -65,6 +69,13 @@ class Interrupts:
     def exit_code(self) -> int:
         """0, or `REQUEUE_EXIT_CODE` once the ranks have agreed to stop and any of them had SIGUSR1."""
         return REQUEUE_EXIT_CODE if self._requeue else 0
+
+    def hears_requeue(self, wait_s: float) -> bool:
+        """Whether this rank has received SIGUSR1, or does so within `wait_s` seconds; not agreed over ranks."""
+        deadline = time.monotonic() + wait_s
+        while signal.SIGUSR1 not in self._received and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return signal.SIGUSR1 in self._received
 
     def poll(self) -> bool:
         """Whether to stop, the same on every rank.
@@ -91,7 +102,9 @@ class Interrupts:
             if self._notify is not None:
                 self._start_notices(stack)
             for number in _STOP:
-                stack.callback(signal.signal, number, signal.signal(number, self._handle))
+                earlier = signal.signal(number, self._handle)
+                ignored = self._last and number is signal.SIGUSR1
+                stack.callback(signal.signal, number, signal.SIG_IGN if ignored else earlier)
             self._cleanup = stack.pop_all()
         return self
 

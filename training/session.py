@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.errors import REQUEUE_EXIT_CODE, UserError
 from configs.schema import RunConfig
 from training import distributed
 from training.console import Terminal, open_terminal
@@ -16,7 +17,16 @@ from training.interrupts import Interrupts
 from training.rng import make_deterministic
 from training.run import RunFolder, claim, run_folder, write_config
 from training.validate import validate
-from training.watchdog import Peers
+from training.watchdog import Peers, RankLostError, of_collective
+
+SKEW_S = 1.0
+"""How much later than another rank this one may get a signal that all are sent."""
+
+
+class RequeueError(UserError):
+    """The run could not save, and is to be started again."""
+
+    exit_code = REQUEUE_EXIT_CODE
 
 
 @dataclass(frozen=True)
@@ -50,10 +60,26 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         processes.barrier()  # the folder is there, and an earlier run is out of the way
         terminal = stack.enter_context(open_terminal(folder.log, processes.rank))
         any_rank = processes.any if processes.world_size > 1 else None
-        interrupts = stack.enter_context(Interrupts(any_rank, terminal.say))
+        interrupts = stack.enter_context(Interrupts(any_rank, terminal.say, last=True))
+        stack.enter_context(requeue_if_signalled(interrupts))
         stack.enter_context(Peers(processes))
         choose_arithmetic(config)
         yield Session(config, processes, folder, terminal, interrupts)
+
+
+@contextmanager
+def requeue_if_signalled(interrupts: Interrupts) -> Iterator[None]:
+    """Ask for a requeue where another rank is lost and SIGUSR1 has come: it ends ranks that can't handle it yet.
+
+    Ranks take up their handlers some milliseconds apart, and a scheduler signals all of them at once.
+    """
+    try:
+        yield
+    except (UserError, RuntimeError) as error:
+        lost = isinstance(error, RankLostError) or of_collective(error)
+        if lost and interrupts.hears_requeue(SKEW_S):
+            raise RequeueError("SIGUSR1 has ended a rank that was still starting: start again.") from error
+        raise
 
 
 def choose_arithmetic(config: RunConfig) -> None:

@@ -310,4 +310,4 @@ def of_collective(error: BaseException) -> bool:
     return error.__cause__ is not None and of_collective(error.__cause__)
 
 
-__all__ = ["HANG_EXIT_CODE", "LOST_EXIT_CODE", "Peers", "RankLostError", "Watchdog"]
+__all__ = ["HANG_EXIT_CODE", "LOST_EXIT_CODE", "Peers", "RankLostError", "Watchdog", "of_collective"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from model import GPT, build_model
 from model.sequence import SequenceGroup, problems
 from model.weight_gradient import bind_sums
 from tests.model.small import LLAMA, batch, small
+from tests.ranks import on_ranks
 
 STARTS = torch.tensor([0, 3, 12, 16, 17, 32], dtype=torch.int32)  # documents that begin and end on different ranks
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
@@ -81,9 +80,10 @@ def dropped(group: SequenceGroup) -> torch.Tensor:
     return torch.cat(gathered, dim=1)[0, :, :, 0]  # (S, H)
 
 
-def rank_main(rank: int, size: int, port: int, answers: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+def found_on_rank() -> dict[str, Any]:
+    """One rank's results of all cases for so many ranks."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
     group = SequenceGroup(rank, size, dist.group.WORLD.group_name)  # type: ignore[union-attr]
     found = {name: results(name, group) for name in RUNS[size]}
     found["dropped"] = [dropped(group)]
@@ -91,35 +91,23 @@ def rank_main(rank: int, size: int, port: int, answers: Any) -> None:
         found["compiled"] = results(COMPILED, group, compiled=True)
         found["recomputed"] = results(COMPILED, group, recompute=True)
         found["fused"] = results(COMPILED, group, fused=True)
+        found["fused-compiled"] = results(COMPILED, group, compiled=True, recompute=True, fused=True)
     model = build_model(small())
     model.set_sequence_group(group)
     found["logits"] = [model(batch(model.config)[0]).detach()]
     dist.barrier()
     dist.destroy_process_group()
-    if rank == 0:
-        answers.put({name: [t.numpy() for t in tensors] for name, tensors in found.items()})
-
-
-def run(size: int) -> dict[str, list[torch.Tensor]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, size, port, answers)) for rank in range(size)]
-    for one in ranks:
-        one.start()
-    found = answers.get(timeout=400)
-    for one in ranks:
-        one.join(timeout=30)
-        assert one.exitcode == 0
-    return {name: [torch.from_numpy(t) for t in tensors] for name, tensors in found.items()}
+    return {name: [t.numpy() for t in tensors] for name, tensors in found.items()}
 
 
 @pytest.fixture(scope="module")
-def on_ranks() -> dict[int, dict[str, list[torch.Tensor]]]:
+def shared() -> dict[int, dict[str, list[torch.Tensor]]]:
+    """By number of ranks, rank 0's results."""
     assert os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-    return {size: run(size) for size in RUNS}
+    found = {size: on_ranks(size, found_on_rank)[0] for size in RUNS}
+    return {
+        size: {name: [torch.from_numpy(t) for t in ts] for name, ts in cases.items()} for size, cases in found.items()
+    }
 
 
 def compare(found: list[torch.Tensor], name: str) -> None:
@@ -129,35 +117,36 @@ def compare(found: list[torch.Tensor], name: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in RUNS.items() for name in names])
-def test_ranks_compute_what_one_does(on_ranks: Any, size: int, name: str) -> None:
-    compare(on_ranks[size][name], name)
+def test_ranks_compute_what_one_does(shared: Any, size: int, name: str) -> None:
+    compare(shared[size][name], name)
 
 
-def test_blocks_compile_with_the_exchange_inside(on_ranks: Any) -> None:
-    compare(on_ranks[2]["compiled"], COMPILED)
+def test_blocks_compile_with_the_exchange_inside(shared: Any) -> None:
+    compare(shared[2]["compiled"], COMPILED)
 
 
-def test_recomputed_blocks_exchange_again(on_ranks: Any) -> None:
-    compare(on_ranks[2]["recomputed"], COMPILED)
+def test_recomputed_blocks_exchange_again(shared: Any) -> None:
+    compare(shared[2]["recomputed"], COMPILED)
 
 
-def test_layers_sum_their_own_gradients(on_ranks: Any) -> None:
+def test_layers_sum_their_own_gradients(shared: Any) -> None:
     """`engine.fuse_weight_gradients`, here in fp32, where nothing else rounds: autograd's gradients on one rank."""
-    compare(on_ranks[2]["fused"], COMPILED)
+    compare(shared[2]["fused"], COMPILED)
+    compare(shared[2]["fused-compiled"], COMPILED)
 
 
-def test_each_rank_drops_attention_weights_of_its_own(on_ranks: Any) -> None:
+def test_each_rank_drops_attention_weights_of_its_own(shared: Any) -> None:
     """Heads of different ranks have different masks: a shared one would drop the same keys of the same queries."""
     for size in RUNS:
-        (heads,) = on_ranks[size]["dropped"]  # (S, H)
+        (heads,) = shared[size]["dropped"]  # (S, H)
         per_rank = heads.unflatten(1, (size, -1))  # (S, P, H/P)
         for other in range(1, size):
             assert not torch.equal(per_rank[:, 0], per_rank[:, other])
 
 
-def test_logits_are_of_whole_samples(on_ranks: Any) -> None:
+def test_logits_are_of_whole_samples(shared: Any) -> None:
     """Sampling needs no group: a rank that generates text does so alone."""
-    assert on_ranks[2]["logits"][0].shape == (2, 16, 131)
+    assert shared[2]["logits"][0].shape == (2, 16, 131)
 
 
 def test_what_cannot_be_shared_names_the_key_and_the_remedy() -> None:

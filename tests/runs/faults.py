@@ -24,8 +24,9 @@ from typing import Any
 import psutil
 import torch
 
+from tests.ranks import free_port
 from tests.runs.conftest import ENVIRONMENT, ROOT
-from tests.training.driver import free_port, warm_up
+from tests.training.driver import warm_up
 from training import checkpoint, trainer, watchdog
 from training.checkpoint import Shard, Snapshot
 from training.engine import Engine, StepResult

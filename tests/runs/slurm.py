@@ -173,7 +173,8 @@ def srun(folder: Path, arguments: list[str]) -> int:
         group = group or process.pid
         processes.append(process)
     note(folder / "jobs" / name / "step", str(group))
-    return max(process.wait() % 256 for process in processes)
+    codes = [process.wait() for process in processes]
+    return max(128 - code if code < 0 else code for code in codes)  # a shell's way to tell a signal
 
 
 def scontrol(folder: Path, arguments: list[str]) -> int:

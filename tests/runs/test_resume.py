@@ -1,5 +1,6 @@
 """Interrupted and uninterrupted runs are equal, bit for bit, from the first step to the last."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -136,6 +137,20 @@ def test_other_stages_and_ranks_go_on(
     runs.run(f"run_dir={changed}", steady, f"engine={second[0]}", processes=second[1])
     for step, (loss, norm) in losses(whole).items():
         assert losses(changed)[step] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3))
+
+
+@pytest.mark.skipif("FAULT_KILLS" not in os.environ, reason="minutes on two cores: make soak")
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_eight_ranks_go_on_as_two_and_two_as_eight(runs: Runs, tmp_path: Path, engine: str) -> None:
+    """Whole runs, with the loader; tests/training/test_resume_engine.py does it without, in seconds."""
+    settings = [f"engine={engine}", "train.global_batch_size=8", "optim.schedule=constant"]
+    runs.run(*settings, f"run_dir={tmp_path / 'whole'}", processes=2)
+    for before, after in ((8, 2), (2, 8)):
+        folder = tmp_path / f"from_{before}"
+        runs.run(*settings, f"run_dir={folder}", "train.steps=4", processes=before)
+        runs.run(*settings, f"run_dir={folder}", processes=after)
+        for step, expected in losses(tmp_path / "whole").items():
+            assert losses(folder)[step] == pytest.approx(expected, rel=1e-5), step
 
 
 def test_two_runs_in_one_folder_are_refused(runs: Runs, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import free_port
 from tests.runs.conftest import ENVIRONMENT, ROOT, Runs, rows
 from tests.runs.slurm import Slurm
 from tests.runs.test_resume import assert_equal_runs
-from tests.training.driver import free_port
 
 pytestmark = pytest.mark.slow
 STEPS = 200

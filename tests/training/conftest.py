@@ -82,7 +82,8 @@ def make_engine(config: RunConfig, processes: Processes) -> Engine:
 def train(engine: Engine, begin: int, end: int) -> list[StepResult]:
     """Steps `begin` to `end` on their batches."""
     config, own = engine.config, engine.processes
-    batches = (make_batch(step, config, own.rank, own.world_size) for step in range(begin, end))
+    share = config.engine.sequence_parallel_size
+    batches = (make_batch(step, config, own.rank // share, own.world_size // share) for step in range(begin, end))
     return [engine.train_step(batch, config.optim.lr) for batch in batches]  # type: ignore[arg-type]
 
 

@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Device, Precision, Toggle
+from tests.ranks import free_port
 from tests.training.conftest import make_batch, make_engine, run_config
 from training import backend, checkpoint, distributed, rng, shards
 from training.distributed import Processes
@@ -158,12 +158,6 @@ def fork(job: Job, rank: int, port: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # In a rank

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from configs.schema import Precision, RunConfig
+from configs.messages import plain
+from configs.schema import Packing, Precision, RunConfig
 from tests.training.conftest import equal, make_engine, make_model, masters, run_config, state_of, train
 from training import checkpoint, rng, shards
 from training.backend import DTYPES
@@ -445,8 +446,18 @@ def test_differences() -> None:
     assert (gone.key, gone.saved, gone.current, gone.matters) == ("model.old", 1, ABSENT, True)
 
 
+def test_a_key_younger_than_the_checkpoint_was_at_its_default() -> None:
+    saved = plain(run_config(1))
+    del saved["data"]["packing"], saved["data"]["mixture"]
+    current = run_config(1)
+    assert compare_configs(saved, current) == []
+    current.data.packing = Packing.best_fit
+    (found,) = compare_configs(saved, current)
+    assert (found.key, found.saved, found.current, found.matters) == ("data.packing", "concatenate", "best_fit", True)
+
+
 def test_every_harmless_key_exists() -> None:
-    from training.differences import HARMLESS, flat, plain
+    from training.differences import HARMLESS, flat
 
     keys = flat(plain(RunConfig()))
     for name in HARMLESS:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import Device
+from tests.ranks import on_ranks
 from training import distributed
 from training.distributed import Launch, Processes, detect_launch, first_node, pick_device
 
@@ -85,42 +84,26 @@ def test_alone(processes: Processes) -> None:
     assert value.tolist() == [1.0, 1.0]
 
 
-def rank_main(rank: int, port: int, answers: Any) -> None:
-    """One of two ranks, started as torchrun would."""
-    import os
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def talk() -> dict[str, Any]:
+    """What one of two ranks hears."""
     own = distributed.init(Device.cpu, timeout_minutes=0.5)
-    value = torch.tensor([float(rank + 1)])
+    value = torch.tensor([float(own.rank + 1)])
     dist.all_reduce(value)
     result = {
         "rank": own.rank,
         "main": own.is_main,
-        "broadcast": own.broadcast(f"from {rank}"),
-        "gather": own.gather(rank * 10),
-        "any of last": own.any(rank == 1),
+        "broadcast": own.broadcast(f"from {own.rank}"),
+        "gather": own.gather(own.rank * 10),
+        "any of last": own.any(own.rank == 1),
         "any of none": own.any(False),
         "sum": value.item(),
     }
     own.barrier()
     own.close()
     own.close()
-    answers.put(result)
+    return result
 
 
 def test_two_processes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, port, answers)) for rank in range(2)]
-    for one in ranks:
-        one.start()
-    results = sorted((answers.get(timeout=120) for _ in ranks), key=lambda answer: answer["rank"])
-    for one in ranks:
-        one.join(timeout=30)
-        assert one.exitcode == 0
     same = {"broadcast": "from 0", "gather": [0, 10], "any of last": True, "any of none": False, "sum": 3.0}
-    assert results == [{"rank": 0, "main": True, **same}, {"rank": 1, "main": False, **same}]
+    assert on_ranks(2, talk) == [{"rank": 0, "main": True, **same}, {"rank": 1, "main": False, **same}]

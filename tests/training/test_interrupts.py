@@ -14,7 +14,9 @@ from collections.abc import Iterator
 import pytest
 
 from configs.errors import REQUEUE_EXIT_CODE
+from training import session
 from training.interrupts import Interrupts
+from training.watchdog import RankLostError
 
 LOOP = """
 import os, signal, sys, time
@@ -152,6 +154,34 @@ def test_handlers_come_back() -> None:
     signal.set_wakeup_fd(after)
     assert after == wakeup
     assert not any(thread.name == "interrupt-notices" for thread in threading.enumerate())
+
+
+def test_a_late_sigusr1_does_not_end_a_process_that_is_done() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with Interrupts(last=True):
+            pass
+        _send(signal.SIGUSR1)  # by default it would end this process
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("gloo: Connection closed by peer"), RankLostError("rank 1 is gone")])
+def test_a_rank_lost_to_sigusr1_asks_for_a_requeue(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal ends ranks without a handler; those that have one must not take it for a crash."""
+    with Interrupts() as interrupts:
+        monkeypatch.setattr(session, "SKEW_S", 0.0)
+        with pytest.raises(type(error)), session.requeue_if_signalled(interrupts):
+            raise error  # without a signal it is a crash
+        monkeypatch.setattr(session, "SKEW_S", 30.0)
+        late = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+        late.start()
+        with pytest.raises(session.RequeueError) as raised, session.requeue_if_signalled(interrupts):
+            raise error
+        assert raised.value.exit_code == REQUEUE_EXIT_CODE
+        late.join()
+        with pytest.raises(ValueError, match="own"), session.requeue_if_signalled(interrupts):
+            raise ValueError("its own")
 
 
 class Ranks:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,22 +11,46 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from configs.schema import Device, Recompute, RunConfig, Toggle
+from configs.schema import Device, Position, Recompute, RunConfig, Toggle
 from model import build_model
+from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_engine, run_config, train
-from training import backend, distributed
-from training.batch import resolve_batch
+from training import backend, checkpoint, distributed
+from training.batch import data_ranks, resolve_batch
 from training.distributed import Processes
-from training.engine import Engine, build_engine
+from training.engine import Engine, StepResult, build_engine
+from training.state import TrainState
 
 STEPS = 3
-CASES = {Recompute.none: 0, Recompute.block: 50_000}
-"""Recomputation → elements gathered ahead: none, or a block's."""
 
 
-def config_of(compile: Toggle, recompute: Recompute, world_size: int) -> RunConfig:
-    config = run_config(3, accumulation=2, micro=4 // world_size, compile=compile, recompute=recompute)
+@dataclass(frozen=True)
+class Case:
+    """How the blocks run."""
+
+    recompute: Recompute = Recompute.none
+    prefetch: int = 0
+    """Elements gathered ahead: none, or a block's."""
+    sequence: int = 1
+    """Ranks that share each sample, with one key head, of which each has a copy."""
+
+
+CASES = {
+    "plain": Case(),
+    "recomputed": Case(Recompute.block, prefetch=50_000),
+    "shared": Case(Recompute.block, prefetch=50_000, sequence=2),
+}
+
+
+def config_of(case: Case, compile: Toggle, world_size: int) -> RunConfig:
+    shared = case.sequence if world_size > 1 else 1
+    micro = 4 * shared // world_size
+    config = run_config(3, accumulation=2, micro=micro, compile=compile, sequence_parallel_size=shared)
+    config.engine.recompute = case.recompute
     config.model.num_layers = 4
+    if case.sequence > 1:
+        config.model.num_kv_heads = 1
+        config.model.position = Position.rope
     return config
 
 
@@ -65,7 +88,7 @@ def engine_from_meta(config: RunConfig, own: Processes) -> Engine:
     with torch.device("meta"):
         model = build_model(config.model)
     torch.manual_seed(config.seed)
-    return build_engine(model, config, resolve_batch(config.train, own.world_size), own)
+    return build_engine(model, config, resolve_batch(config.train, data_ranks(config.engine, own.world_size)), own)
 
 
 def frames() -> int:
@@ -73,74 +96,78 @@ def frames() -> int:
     return int(torch._dynamo.utils.counters["frames"]["total"])
 
 
-def compiled_run(recompute: Recompute, own: Processes) -> dict[str, Any]:
-    """Losses, norms and compiled frames of some steps; the weights alive between forward and backward."""
+def compiled_run(case: Case, own: Processes, folder: Path) -> dict[str, Any]:
+    """Losses, norms and compiled frames of some steps; the weights alive between forward and backward; the last step
+    once more, by an engine that goes on from a checkpoint."""
     torch._dynamo.reset()
-    keep_nothing(CASES[recompute])
-    one = engine_from_meta(config_of(Toggle.on, recompute, own.world_size), own)
+    keep_nothing(case.prefetch)
+    config = config_of(case, Toggle.on, own.world_size)
+    one = engine_from_meta(config, own)
     begin, results, counts = frames(), [], []
     for step in range(STEPS):
+        if step == STEPS - 1:
+            checkpoint.save(one, TrainState(step=step), folder, tokenizer_hash="")
         results += train(one, step, step + 1)
         counts.append(frames() - begin)
-    watch = Watch(one)
-    sums = one.forward(make_batch(0, one.config, own.rank, own.world_size).micro_batches[0])  # type: ignore[arg-type]
-    found = {"steps": [(r.loss, r.grad_norm) for r in results], "frames": counts, "gathered": len(watch.seen)}
-    found["alive"] = watch.alive()
+    watch, takers = Watch(one), own.world_size // case.sequence
+    batch: Any = make_batch(0, config, own.rank // case.sequence, takers)
+    sums = one.forward(batch.micro_batches[0])
+    found: dict[str, Any] = {"frames": counts, "gathered": len(watch.seen), "alive": watch.alive()}
     del sums
     one.close()
-    return found
+    other = engine_from_meta(config, own)
+    assert checkpoint.load(other, folder) is not None
+    again = train(other, STEPS - 1, STEPS)
+    other.close()
+    return found | {"steps": measured(results), "again": measured(again)}
 
 
-def rank_main(rank: int, port: int, answers: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def measured(results: list[StepResult]) -> list[tuple[float, float]]:
+    """Losses and gradient norms."""
+    return [(r.loss, r.grad_norm) for r in results]
+
+
+def compiled_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of one of two ranks."""
     own = distributed.init(Device.cpu, timeout_minutes=10)
-    found = {recompute.value: compiled_run(recompute, own) for recompute in CASES}
+    found = {name: compiled_run(case, own, folder / name) for name, case in CASES.items()}
     own.barrier()
     own.close()
-    if rank == 0:
-        answers.put(found)
+    return found
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, port, answers)) for rank in range(2)]
-    for one in ranks:
-        one.start()
-    found: dict[str, dict[str, Any]] = answers.get(timeout=500)
-    for one in ranks:
-        one.join(timeout=30)
-        assert one.exitcode == 0
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = on_ranks(2, compiled_runs, tmp_path_factory.mktemp("checkpoints"))[0]
     return found
 
 
-@pytest.mark.parametrize("recompute", CASES)
-def test_compiled_blocks_train_as_eager_ones(compiled: Any, recompute: Recompute, processes: Processes) -> None:
-    eager = make_engine(config_of(Toggle.off, recompute, 1), processes)
-    expected = [(r.loss, r.grad_norm) for r in train(eager, 0, STEPS)]
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_blocks_train_as_eager_ones(compiled: Any, name: str, processes: Processes) -> None:
+    eager = make_engine(config_of(CASES[name], Toggle.off, 1), processes)
+    expected = measured(train(eager, 0, STEPS))
     eager.close()
-    for ours, alone in zip(compiled[recompute.value]["steps"], expected, strict=True):
+    for ours, alone in zip(compiled[name]["steps"], expected, strict=True):
         assert ours == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("recompute", CASES)
-def test_nothing_is_compiled_after_the_first_step(compiled: Any, recompute: Recompute) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_resume_is_exact(compiled: Any, name: str) -> None:
+    assert compiled[name]["again"] == compiled[name]["steps"][-1:]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_compiled_after_the_first_step(compiled: Any, name: str) -> None:
     """Nor for a second block: all four share one graph. Compiled with ZeRO's hooks inside, it is 62 frames."""
-    first, *later = compiled[recompute.value]["frames"]
+    first, *later = compiled[name]["frames"]
     assert first in (1, 2)  # recomputed in the backward pass, a block is traced once more
     assert later == [first] * (STEPS - 1)
 
 
 def test_gathered_weights_are_freed_before_the_backward_pass(compiled: Any) -> None:
     """A compiled block keeps its weights for the backward pass by name, not their memory: what ZeRO-3 is for."""
-    assert compiled["none"]["gathered"] == 4 * 12
-    assert compiled["none"]["alive"] == 0
+    assert compiled["plain"]["gathered"] == 4 * 12
+    assert compiled["plain"]["alive"] == 0
 
 
 def test_the_next_block_is_gathered_ahead_whatever_its_size() -> None:

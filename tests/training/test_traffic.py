@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
-import os
-import socket
 from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from configs.schema import Device, Precision, RunConfig
+from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_model, run_config
 from training import backend, distributed
 from training.batch import data_ranks, resolve_batch
@@ -71,10 +68,8 @@ def bytes_of_a_step(stage: int, own: Processes, sent: Counter[str]) -> dict[str,
     return dict(sent)
 
 
-def rank_main(rank: int, port: int, answers: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def bytes_of_steps() -> dict[int, dict[str, int]]:
+    """What one of two ranks sends at each stage."""
     sent: Counter[str] = Counter()
     count_bytes(sent)  # before DeepSpeed looks the collectives up
     own = distributed.init(Device.cpu)
@@ -83,24 +78,12 @@ def rank_main(rank: int, port: int, answers: Any) -> None:
     found = {stage: bytes_of_a_step(stage, own, sent) for stage in STAGES}
     own.barrier()
     own.close()
-    if rank == 0:
-        answers.put(found)
+    return found
 
 
 @pytest.fixture(scope="module")
 def sent() -> dict[int, dict[str, int]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, port, answers)) for rank in range(2)]
-    for one in ranks:
-        one.start()
-    found: dict[int, dict[str, int]] = answers.get(timeout=300)
-    for one in ranks:
-        one.join(timeout=30)
-        assert one.exitcode == 0
+    found: dict[int, dict[str, int]] = on_ranks(2, bytes_of_steps)[0]
     return found
 
 

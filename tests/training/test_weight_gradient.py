@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from configs.schema import Device, Precision, Recompute, RunConfig, Toggle
 from model.init import Embedding, Linear
 from model.loss import Head
 from model.weight_gradient import add_weight_gradient_
+from tests.ranks import on_ranks
 from tests.training.conftest import Reference, make_batch, make_engine, make_model, run_config, train
 from training import distributed
 from training.distributed import Processes
@@ -259,22 +258,16 @@ def test_operator() -> None:
         torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def rank_main(rank: int, world_size: int, port: int, answers: Any) -> None:
-    """One of the ranks: the norm, the loss and the reduced sums of a step, at each stage; of each sum the elements that
-    this rank has, and the first one's place."""
-    import os
-
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def reduced_sums() -> dict[int, Any]:
+    """On one of the ranks: the loss, the norm and the reduced sums of a step, at each stage; of each sum the elements
+    that this rank has, and the first one's place."""
     own = distributed.init(Device.cpu, timeout_minutes=0.5)
     found = {}
     for stage in STAGES:
         config = bf16_config(stage, 4)
-        config.train.accumulation_steps = 4 // world_size
+        config.train.accumulation_steps = 4 // own.world_size
         one = make_engine(config, own)
-        one.accumulate(make_batch(0, config, rank, world_size))  # type: ignore[arg-type]
+        one.accumulate(make_batch(0, config, own.rank, own.world_size))  # type: ignore[arg-type]
         totals = sums_of(one)
         held = {at.name: (at.start, at.length) for at in one.partition.ranges(owned=False)}
         sums = {name: (start, totals[name].flatten()[start : start + n].numpy()) for name, (start, n) in held.items()}
@@ -283,28 +276,12 @@ def rank_main(rank: int, world_size: int, port: int, answers: Any) -> None:
         found[stage] = (result.loss, result.grad_norm, sums)
         one.close()
     own.close()
-    answers.put((rank, found))
-
-
-def run_ranks(world_size: int) -> dict[int, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, world_size, port, answers)) for rank in range(world_size)]
-    for one in ranks:
-        one.start()
-    found = dict(answers.get(timeout=240) for _ in ranks)
-    for one in ranks:
-        one.join(timeout=30)
-        assert one.exitcode == 0
     return found
 
 
 def test_ranks_reduce_the_sums() -> None:
     """Two ranks with two micro-batches each have, after the reduction, what one rank has from all four."""
-    alone, both = run_ranks(1)[0], run_ranks(2)
+    (alone,), both = on_ranks(1, reduced_sums), on_ranks(2, reduced_sums)
     for stage in STAGES:
         loss, norm, sums = alone[stage]
         seen = dict.fromkeys(sums, 0)
