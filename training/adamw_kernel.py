@@ -7,8 +7,8 @@ clips:
     p <- p - η·λ·p              p <- p - (η / (1-β1^t))·m / (sqrt(v) / sqrt(1-β2^t) + ε)
     w <- p rounded to w's dtype                                 sum <- 0
 
-It reads p, sum, m and v and writes all five: 30 + 4 bytes an element with fp32 sums and bf16 weights. Apart, the same is
-a pass to clip (8), PyTorch's kernel (28), the rounding (6) and the emptying (4).
+It reads p, sum, m and v and writes all five: 34 bytes an element with fp32 sums and bf16 weights. Apart, the same is a
+pass to clip (8), PyTorch's kernel (28), the rounding (6) and the emptying (4).
 
 Arithmetic is fp32, with PyTorch's order of operations, its fused multiply-adds, and roots and quotients rounded to the
 nearest. The corrections of the bias are made on the host in fp64 from the betas as fp32 has them, and rounded once,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kernels.compile_check import CompileCase
 
 BLOCK, NUM_WARPS = 1024, 8
-"""Four elements a thread: 16-byte loads, and none of the shared memory that Triton takes to store bf16 from eight of them.
+"""Four elements a thread: 16-byte loads, and none of the shared memory by way of which Triton stores bf16 from eight.
 Not timed yet."""
 CPU_BLOCK = 2**15
 """In Triton's interpreter, where each program takes milliseconds."""
@@ -253,7 +253,7 @@ def compile_cases() -> list[CompileCase]:
     from kernels.compile_check import CompileCase
 
     def source(weight: str, size: str, whole: bool) -> ASTSource:
-        pointers = {name: "*fp32" for name in ("master_ptr", "total_ptr", "first_ptr", "second_ptr")}
+        pointers = dict.fromkeys(("master_ptr", "total_ptr", "first_ptr", "second_ptr"), "*fp32")
         numbers = ("factor", "beta1", "beta2", "decay", "step_size", "root_correction", "eps")
         signature = pointers | {"weight_ptr": f"*{weight}", "size": size} | dict.fromkeys(numbers, "fp32")
         aligned = range(6 if whole else 5)
