@@ -105,8 +105,8 @@ def test_against_fp64(size: int, step: int, factor: float, dtypes: tuple[torch.d
 @pytest.mark.parametrize("step", [1, 2, 10, 1000])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_against_pytorch(step: int, decay: float) -> None:
-    """The same update as PyTorch's fused AdamW, but for an ulp of the master, 1e-6 of the update and what rounding left
-    of a first moment that cancels. The 1e-6 is for PyTorch's bias corrections: on CUDA they are differences of fp32
+    """The same update as PyTorch's fused AdamW, but for the master's roundings, 1e-6 of the update and what rounding
+    left of a first moment that cancels. The 1e-6 is for PyTorch's bias corrections: on CUDA they are differences of fp32
     powers, one of 20 at β2 = 0.95, and a root."""
     lr, size = 1e-2, 5000
     given = state_at(step, size)
@@ -127,7 +127,8 @@ def test_against_pytorch(step: int, decay: float) -> None:
     theirs = leaf.detach()
     ulp = 2 * HALF_ULP * torch.maximum(before.abs(), theirs.abs())
     slack = 4 * HALF_ULP * scalars.step_size * terms / (state["exp_avg_sq"].sqrt() / scalars.root_correction + 1e-8)
-    assert ((given["master"] - theirs).abs() <= ulp + 1e-6 * (theirs - before).abs() + slack).all()
+    roundings = ulp * (2 if decay else 1)  # half an ulp each, on either side, of the decay and of the update
+    assert ((given["master"] - theirs).abs() <= roundings + 1e-6 * (theirs - before).abs() + slack).all()
     assert (theirs - before).abs().max() > 0.1 * lr
 
 
@@ -225,6 +226,7 @@ def test_only_matrices_decay(build: Build, stage: int, precision: Precision) -> 
     config.model.bias = True
     one = build(config)
     before = masters(one)
+    one.deepspeed.set_gradient_accumulation_boundary(True)
     one.update(config.optim.lr, 1.0)
     for name, master in masters(one).items():
         decays = before[name].dim() > 1
@@ -249,14 +251,15 @@ def test_nonfinite_step_leaves_no_trace(build: Build, stage: int, precision: Pre
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that do something, and the elements that are emptied apart."""
+    """Lists the operators that do something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket not in (torch.ops.aten.detach, torch.ops.aten.slice, torch.ops.aten.alias):
+        free = (torch.ops.aten.detach, torch.ops.aten.slice, torch.ops.aten.alias)
+        if func.overloadpacket not in free and func.namespace != "profiler":
             self.names.append(str(func.overloadpacket))
         return func(*args, **(kwargs or {}))
 
@@ -300,11 +303,17 @@ def test_resume(build: Build, tmp_path: Path, stage: int, precision: Precision, 
     assert other.partition.updates == 5
 
 
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    one = Driver()
+    yield one
+    one.close()
+
+
 @CPU_ONLY
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16")])
-def test_two_ranks(tmp_path: Path, stage: int, precision: str) -> None:
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16")])
+def test_two_ranks(driver: Driver, tmp_path: Path, stage: int, precision: str) -> None:
     """Ranks agree, the losses are those of the plain path, and a killed run goes on bit for bit."""
-    driver = Driver()
     found = {}
     for toggle in ("on", "off"):
         folder = tmp_path / toggle
@@ -315,7 +324,7 @@ def test_two_ranks(tmp_path: Path, stage: int, precision: str) -> None:
         found[toggle] = losses(folder)
         assert losses(folder, 1) == found[toggle]
     for step, values in found["on"].items():
-        assert values == pytest.approx(found["off"][step], rel=1e-5 if precision == "fp32" else 3e-2)
+        assert values == pytest.approx(found["off"][step], rel=3e-2)
     again = tmp_path / "again"
     again.mkdir()
     job = Job(str(again), 2, stage, precision=precision, fused_step="on")
@@ -324,7 +333,6 @@ def test_two_ranks(tmp_path: Path, stage: int, precision: str) -> None:
     assert driver.run(job).codes == [0, 0], log(again)
     assert losses(again) == found["on"]
     assert content(again) == content(tmp_path / "on")
-    driver.close()
 
 
 def test_where_it_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -532,6 +532,17 @@ def test_fusions_are_remedies_where_they_are_off() -> None:
     assert ("model.fused_norms",) not in keys_of(replace(report, setting=replace(report.setting, on_device=False)))
 
 
+def test_a_step_in_passes_is_a_remedy_where_one_kernel_could_make_it() -> None:
+    """Of 50 bytes a weight 12 go: the clipped gradients' way there and back, and the masters read again."""
+    config = changed(run_config(1), "optim", fused_step=Toggle.off)
+    report = example(config=config)
+    report = replace(report, parts=[*report.parts, replace(report.parts[0], category=C.optimizer, time_s=5e-5)])
+    assert keys_of(report)[("optim.fused_step",)] == pytest.approx(report.time_of(C.optimizer) * 12 / 50)
+    for other in (run_config(1), changed(run_config(2), "optim", fused_step=Toggle.off)):
+        assert ("optim.fused_step",) not in keys_of(replace(report, setting=replace(report.setting, config=other)))
+    assert ("optim.fused_step",) not in keys_of(replace(report, setting=replace(report.setting, on_device=False)))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The profiler in a run
 # ---------------------------------------------------------------------------------------------------------------
