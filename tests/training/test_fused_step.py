@@ -105,9 +105,9 @@ def test_against_fp64(size: int, step: int, factor: float, dtypes: tuple[torch.d
 @pytest.mark.parametrize("step", [1, 2, 10, 1000])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_against_pytorch(step: int, decay: float) -> None:
-    """The same update as PyTorch's fused AdamW, but for the master's roundings, 1e-6 of the update and what rounding
-    left of a first moment that cancels. The 1e-6 is for PyTorch's bias corrections: on CUDA they are differences of fp32
-    powers, one of 20 at β2 = 0.95, and a root."""
+    """The same update as PyTorch's fused AdamW, but for the master's roundings, some millionths of the update, and what
+    rounding left of a first moment that cancels. The millionths are PyTorch's on CUDA: its bias corrections are 1 less a
+    power in fp32, good to 4 ulp: of 0.19 at β1 and of the root of 0.0975 at β2 in the second update, 2.5e-6."""
     lr, size = 1e-2, 5000
     given = state_at(step, size)
     leaf = given["master"].clone().requires_grad_()
@@ -127,8 +127,9 @@ def test_against_pytorch(step: int, decay: float) -> None:
     theirs = leaf.detach()
     ulp = 2 * HALF_ULP * torch.maximum(before.abs(), theirs.abs())
     slack = 4 * HALF_ULP * scalars.step_size * terms / (state["exp_avg_sq"].sqrt() / scalars.root_correction + 1e-8)
+    share = 4e-6 if DEVICE == "cuda" else 1e-6
     roundings = ulp * (2 if decay else 1)  # half an ulp each, on either side, of the decay and of the update
-    assert ((given["master"] - theirs).abs() <= roundings + 1e-6 * (theirs - before).abs() + slack).all()
+    assert ((given["master"] - theirs).abs() <= roundings + share * (theirs - before).abs() + slack).all()
     assert (theirs - before).abs().max() > 0.1 * lr
 
 
@@ -364,6 +365,7 @@ def test_where_it_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone  # for its memory
 def test_more_elements_than_32_bits_count() -> None:
     """2^31 and some: 39 GB. The last block is as right as the first."""
     size = 2**31 + 4099
@@ -450,5 +452,5 @@ def test_training_on_a_gpu(stage: int) -> None:
     ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert found["worst"] <= 1e-6
+    assert found["worst"] <= 1e-5  # of a step of 1e-2: a GPU adds rows of embeddings in any order
     assert found["on"] == pytest.approx(found["off"], rel=3e-3)
