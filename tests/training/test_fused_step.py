@@ -106,8 +106,8 @@ def test_against_fp64(size: int, step: int, factor: float, dtypes: tuple[torch.d
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_against_pytorch(step: int, decay: float) -> None:
     """The same update as PyTorch's fused AdamW, but for the master's roundings, some millionths of the update, and what
-    rounding left of a first moment that cancels. The millionths are PyTorch's on CUDA: its bias corrections are 1 less a
-    power in fp32, good to 4 ulp: of 0.19 at β1 and of the root of 0.0975 at β2 in the second update, 2.5e-6."""
+    rounding left of a first moment that cancels. The millionths are PyTorch's on CUDA: its bias corrections are 1 less
+    a power in fp32, good to 4 ulp: of 0.19 at β1 and of the root of 0.0975 at β2 in the second update, 2.5e-6."""
     lr, size = 1e-2, 5000
     given = state_at(step, size)
     leaf = given["master"].clone().requires_grad_()
