@@ -288,6 +288,10 @@ class OptimConfig:
     """Decoupled decay, on matrices and embeddings only. 0: off."""
     grad_clip: float = 1.0
     """Largest norm of the global gradient. 0: off."""
+    fused_step: Toggle = Toggle.auto
+    """Our Triton kernel that clips, updates, rounds the weights and empties the gradients' sums in one pass. auto: on
+    CUDA at stage 0, and in bf16 at stage 1 with `engine.fp32_accumulation` and without offload. off: PyTorch's AdamW,
+    and the rest apart."""
 
 
 @dataclass

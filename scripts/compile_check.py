@@ -28,7 +28,11 @@ from kernels.compile_check import (
     save_budget,
 )
 
-PROVIDERS = ("kernels.attention.portable:compile_cases", "kernels.attention.hopper:compile_cases")
+PROVIDERS = (
+    "kernels.attention.portable:compile_cases",
+    "kernels.attention.hopper:compile_cases",
+    "training.adamw_kernel:compile_cases",
+)
 CACHE = ROOT / ".cache" / "triton"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import EngineConfig, Precision, Toggle
+from configs.schema import EngineConfig, OptimConfig, Precision, Toggle
 from training.batch import BatchPlan
 
 if TYPE_CHECKING:
@@ -124,6 +124,32 @@ def should_fuse_weight_gradients(config: EngineConfig, precision: Precision) -> 
             f"{str(config.offload_optimizer).lower()}; or use engine.fuse_weight_gradients=auto or off"
         )
     return possible and config.fuse_weight_gradients is not Toggle.off
+
+
+def should_fuse_step(optim: OptimConfig, engine: EngineConfig, precision: Precision, device: torch.device) -> bool:
+    """Whether the optimizer steps in one kernel a group. Raises `UserError` for `on` where it can't.
+
+    DeepSpeed's wrapper of the other stages and precisions mixes its step with the loss scale, its buckets or the host's
+    memory; `BF16_Optimizer` and our stage 0 only have flat tensors.
+    """
+    if optim.fused_step is Toggle.off:
+        return False
+    from model import loss_kernel
+
+    flat = engine.zero_stage == 0 or (
+        engine.zero_stage == 1
+        and precision is Precision.bf16
+        and engine.fp32_accumulation
+        and not engine.offload_optimizer
+    )
+    if optim.fused_step is Toggle.on and not (flat and loss_kernel.runs_on(device)):
+        raise UserError(
+            "optim.fused_step=on: needs a CUDA device, and engine.zero_stage=0, or 1 with engine.precision=bf16, "
+            "engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
+            f"{device.type}, {engine.zero_stage}, {precision.value}, {str(engine.fp32_accumulation).lower()} and "
+            f"{str(engine.offload_optimizer).lower()}; or use optim.fused_step=auto or off"
+        )
+    return flat and (optim.fused_step is Toggle.on or device.type == "cuda")
 
 
 def should_compile(config: EngineConfig, device: torch.device) -> bool:

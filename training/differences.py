@@ -20,6 +20,7 @@ HARMLESS = (
     "train.profile_steps",
     "train.micro_batch_size", "train.accumulation_steps",
     "model.attention", "model.fused", "model.fused_norms", "model.fused_gelu",
+    "optim.fused_step",
     "engine.zero_stage", "engine.offload_optimizer", "engine.offload_params", "engine.bucket_size",
     "engine.overlap_comm", "engine.sequence_parallel_size", "engine.recompute", "engine.compile",
     "engine.timeout_minutes", "engine.fuse_weight_gradients",

@@ -39,6 +39,7 @@ from training.backend import (
     set_local_rank,
     shard_while_building,
     should_compile,
+    should_fuse_step,
     should_fuse_weight_gradients,
 )
 from training.batch import BatchPlan
@@ -227,6 +228,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     precision = resolve_precision(config.engine.precision, device)
     check_engine(config.engine, precision, device)
     fuse = should_fuse_weight_gradients(config.engine, precision)
+    one_kernel = should_fuse_step(config.optim, config.engine, precision, device)
     model.set_recompute(config.engine.recompute is Recompute.block)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before ZeRO-3 takes them away
@@ -253,7 +255,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         wrapped, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optim),
-            optimizer=lambda groups: build_adamw(groups, config, precision),
+            optimizer=lambda groups: build_adamw(groups, config, precision, one_kernel),
             config=settings,
         )
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
@@ -262,8 +264,11 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
     if fuse:
         bind_sums(model, partition.sums())
-    if isinstance(partition, Bf16Stage1) and processes.world_size > 1:
-        wrapped.buffered_allreduce_fallback = partition.average
+    if isinstance(partition, Bf16Stage1):
+        if processes.world_size > 1:
+            wrapped.buffered_allreduce_fallback = partition.average
+        if one_kernel:
+            partition.step_by_kernel()
     if compiled:
         model.compile_blocks()
     return Engine(wrapped, partition, shapes, config, precision, processes, restore)
@@ -278,13 +283,13 @@ def parameter_groups(model: GPT, optim: OptimConfig) -> list[dict[str, Any]]:
     ]
 
 
-def build_adamw(groups: list[dict[str, Any]], config: RunConfig, precision: Precision) -> AdamW:
-    """The optimizer that DeepSpeed shards, or at stage 0 uses as it is."""
-    arguments = adamw_arguments(config.optim)
+def build_adamw(groups: list[dict[str, Any]], config: RunConfig, precision: Precision, one_kernel: bool) -> AdamW:
+    """The optimizer that DeepSpeed shards, or at stage 0 uses as it is. `one_kernel`: `optim.fused_step`, resolved."""
+    arguments = adamw_arguments(config.optim, one_kernel)
     if config.engine.zero_stage > 0:
         return AdamW(groups, **arguments)
     accumulation = torch.float32 if config.engine.fp32_accumulation else DTYPES[precision]
-    return ReplicatedAdamW(groups, accumulation, **arguments)
+    return ReplicatedAdamW(groups, accumulation, one_kernel, **arguments)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -20,31 +20,67 @@ from torch.optim import AdamW
 from configs.schema import OptimConfig
 
 
-def adamw_arguments(optim: OptimConfig) -> dict[str, Any]:
+def adamw_arguments(optim: OptimConfig, one_kernel: bool) -> dict[str, Any]:
     """Keyword arguments of `torch.optim.AdamW`, decay aside: that differs between the groups.
 
-    `fused` is one kernel a group on CUDA and one vectorised loop on a CPU, so offloaded states need no compiler.
+    `fused` is one kernel a group on CUDA and one vectorised loop on a CPU, so offloaded states need no compiler. With
+    `one_kernel` the updates are `update_in_one_kernel`'s and PyTorch keeps the state.
     """
-    return {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps, "fused": True}
+    return {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps, "fused": not one_kernel}
 
 
 def adam_state(optimizer: AdamW, flat: Tensor) -> dict[str, Tensor]:
-    """Moments and step count of the flat master tensor; zeros, as AdamW itself starts them, if it has none yet."""
+    """Moments and step count of the flat master tensor; zeros, as AdamW itself starts them, if it has none yet.
+
+    As in AdamW itself the count lies beside the masters if its own fused kernel reads it there, else in host memory.
+    """
     state = optimizer.state[flat]
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        device = flat.device if optimizer.defaults["fused"] else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state["exp_avg"] = torch.zeros_like(flat)
         state["exp_avg_sq"] = torch.zeros_like(flat)
     return state
 
 
+@torch.no_grad()
+def update_in_one_kernel(
+    optimizer: AdamW, gradients: Sequence[Tensor], weights: Sequence[Tensor], factor: float
+) -> None:
+    """AdamW's step for groups of one flat fp32 master each: one launch a group, and no wait for the device.
+
+    gradients: each group's summed gradients, multiplied by `factor` on their way and zero afterwards. weights: what
+    its masters are rounded into. Both flat and of the master's size, (n,).
+    """
+    from training.adamw_kernel import scalars_of, update
+
+    for group, gradient, weight in zip(optimizer.param_groups, gradients, weights, strict=True):
+        (master,) = group["params"]
+        state = adam_state(optimizer, master)
+        state["step"] += 1.0  # in host memory
+        scalars = scalars_of(
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=int(state["step"].item()),
+            factor=factor,
+        )
+        update(master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], weight, scalars)
+
+
 class ReplicatedAdamW(AdamW):
     """AdamW on flat fp32 masters of parameters in any dtype; every rank holds and updates all of them."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]], accumulation: torch.dtype, **arguments: Any) -> None:
-        """`groups`: AdamW parameter groups of the model's parameters. `accumulation`: dtype gradients are summed in."""
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], accumulation: torch.dtype, one_kernel: bool = False, **arguments: Any
+    ) -> None:
+        """`groups`: AdamW parameter groups of the model's parameters. `accumulation`: dtype gradients are summed in.
+        `one_kernel`: step by `update_in_one_kernel`, for which the parameters become views of one tensor a group."""
         self.members: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
         self.masters = [flatten(members) for members in self.members]
+        self.weights = [join(members) for members in self.members] if one_kernel else []
+        """Flat parameters of each group, with `one_kernel`."""
         self.gradients = [torch.zeros_like(master, dtype=accumulation) for master in self.masters]
         self.factor = 1.0
         """The next `step` multiplies gradients by this: clipping and the inverse loss scale."""
@@ -77,6 +113,8 @@ class ReplicatedAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update masters from the summed gradients, then the parameters from the masters."""
+        if self.weights:
+            return update_in_one_kernel(self, self.gradients, self.weights, self.factor)
         for master, gradient in zip(self.masters, self.gradients, strict=True):
             master.grad = gradient.to(master.dtype)  # itself when summed in fp32
             if self.factor != 1.0:
@@ -84,6 +122,7 @@ class ReplicatedAdamW(AdamW):
         super().step()
         self.refresh()
         self.zero_grad()
+        return None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -101,6 +140,14 @@ class ReplicatedAdamW(AdamW):
 def flatten(parameters: Sequence[Tensor]) -> Tensor:
     """One fp32 leaf with the parameters' values one after the other, shape (sum of sizes,)."""
     return torch.cat([p.detach().float().flatten() for p in parameters]).requires_grad_()
+
+
+def join(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Move the parameters, of one dtype, into one flat tensor, (sum of sizes,), of which they become views."""
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for parameter, view in zip(parameters, split(flat, parameters), strict=True):
+        parameter.data = view
+    return flat
 
 
 def split(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

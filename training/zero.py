@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from training.optimizer import ReplicatedAdamW, adam_state, split
+from training.optimizer import ReplicatedAdamW, adam_state, split, update_in_one_kernel
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ class Bf16Stage1(Linked):
 
     Its step takes the norm of the sums tensor by tensor, waits for it on the host and empties the sums; DeepSpeed's
     engine then empties them again. The norm is known by then, to our engine, and once is enough: 8 bytes a weight.
+    `step_by_kernel` replaces that step.
     """
 
     def __init__(self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str]) -> None:
@@ -183,6 +184,36 @@ class Bf16Stage1(Linked):
         nothing = [torch.zeros(1, device=self.masters()[0].device)]
         wrapper.get_grads_for_norm = lambda for_clipping=False: (nothing, {})
         wrapper.zero_grad = wrapper.clear_lp_grads
+        self.one_kernel = False
+        self.factor = 1.0
+        """The next `step_in_one_kernel` multiplies gradients by this."""
+
+    def step_by_kernel(self) -> None:
+        """From now on step by `step_in_one_kernel`, where DeepSpeed makes passes of their own to clip, update, round
+        and empty. Nothing else is left to empty: hooks free each parameter's gradient once it is added to its sum."""
+        self.one_kernel = True
+        self.wrapper.step = self.step_in_one_kernel
+        self.wrapper.zero_grad = lambda: None
+
+    @torch.no_grad()
+    def step_in_one_kernel(self) -> None:
+        """Update this rank's part, send its weights to the other ranks, and empty the sums of theirs meanwhile."""
+        groups, flats = self.wrapper.real_dp_process_group, self.wrapper.bf16_groups_flat
+        ranks = [dist.get_rank(group) for group in groups]
+        weights = [parts[rank] for parts, rank in zip(self.wrapper.bf16_partitioned_groups, ranks, strict=True)]
+        update_in_one_kernel(self.adamw, self.gradients(), weights, self.factor)
+        gathers = [
+            dist.all_gather_into_tensor(flat, own, group=group, async_op=True)
+            for flat, own, group in zip(flats, weights, groups, strict=True)
+            if dist.get_world_size(group) > 1
+        ]
+        for total, own, rank in zip(self.wrapper.fp32_groups_gradients_flat, self.gradients(), ranks, strict=True):
+            begin, end = rank * own.numel(), (rank + 1) * own.numel()
+            for others in (total[:begin], total[end:]):
+                if others.numel():
+                    others.zero_()
+        for gather in gathers:
+            gather.wait()
 
     def masters(self) -> list[Tensor]:
         flats: list[Tensor] = self.wrapper.fp32_groups_flat_partition
@@ -211,7 +242,9 @@ class Bf16Stage1(Linked):
         self.wrapper.clear_hp_grads()
 
     def scale(self, factor: float) -> None:
-        if factor != 1.0:
+        if self.one_kernel:
+            self.factor = factor
+        elif factor != 1.0:
             torch._foreach_mul_(self.gradients(), factor)
 
 

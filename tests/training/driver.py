@@ -50,6 +50,8 @@ class Job:
     precision: str = "fp32"
     fuse: str = "auto"
     """`engine.fuse_weight_gradients`."""
+    fused_step: str = "auto"
+    """`optim.fused_step`; `on` needs Triton's interpreter."""
     sequence: int = 1
     """Ranks that share each sample."""
     width: int = 64
@@ -177,6 +179,7 @@ def run_rank(job: Job, rank: int, port: int) -> None:
     config.model.width, config.model.num_heads, config.model.num_kv_heads = job.width, job.heads, job.kv_heads
     config.engine.precision = Precision(job.precision)
     config.engine.fuse_weight_gradients = Toggle(job.fuse)
+    config.optim.fused_step = Toggle(job.fused_step)
     config.model.dropout = job.dropout if job.precision == "bf16" else 0.0
     engine = make_engine(config, own)
     rng.seed_rank(config.seed, rank)

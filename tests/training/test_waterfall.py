@@ -282,6 +282,7 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("triton_poi_fused_mul_silu_view_2", (), C.activations),
         ("triton_poi_fused__to_copy_add_mul_sigmoid_3", (), C.activations),
         ("_add_norm_kernel", (), C.norms),
+        ("_adamw_kernel", (), C.optimizer),
         ("_add_norm_backward_kernel", (), C.norms),
         ("triton_red_fused_sum_7", (), C.elementwise),
         ("triton_poi_fused__to_copy_t_9", (), C.copies),
@@ -335,7 +336,7 @@ def test_operators(stack: tuple[str, ...], category: Category | None) -> None:
 def test_our_kernels_are_called_so() -> None:
     """Names in the table are those of the kernels' functions."""
     hopper, portable = "kernels.attention.hopper", "kernels.attention.portable"
-    places = ["kernels.attention.flash1", "model.loss_kernel", "model.norm_kernel"]
+    places = ["kernels.attention.flash1", "model.loss_kernel", "model.norm_kernel", "training.adamw_kernel"]
     places += [f"{portable}.forward", f"{portable}.backward"]
     places += [f"{hopper}.{module}" for module in ("elementwise", "gluon_backward", "gluon_forward")]
     modules = [importlib.import_module(place) for place in places]
@@ -548,6 +549,17 @@ def test_gelu_inside_products_has_no_bytes_and_is_a_remedy_where_it_can_be(monke
     monkeypatch.setattr(gelu_products, "why_not", lambda: "no")
     assert ("model.fused_gelu",) not in keys_of(example())
     assert C.activations in auto.setting.work.least_bytes
+
+
+def test_a_step_in_passes_is_a_remedy_where_one_kernel_could_make_it() -> None:
+    """Of 50 bytes a weight 12 go: the clipped gradients' way there and back, and the masters read again."""
+    config = changed(run_config(1), "optim", fused_step=Toggle.off)
+    report = example(config=config)
+    report = replace(report, parts=[*report.parts, replace(report.parts[0], category=C.optimizer, time_s=5e-5)])
+    assert keys_of(report)[("optim.fused_step",)] == pytest.approx(report.time_of(C.optimizer) * 12 / 50)
+    for other in (run_config(1), changed(run_config(2), "optim", fused_step=Toggle.off)):
+        assert ("optim.fused_step",) not in keys_of(replace(report, setting=replace(report.setting, config=other)))
+    assert ("optim.fused_step",) not in keys_of(replace(report, setting=replace(report.setting, on_device=False)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ OUR_KERNELS: dict[str, Category] = {
     # model.norm_kernel
     "_add_norm_kernel": C.norms,
     "_add_norm_backward_kernel": C.norms,
+    # training.adamw_kernel
+    "_adamw_kernel": C.optimizer,
 }
 """Triton kernels of this repository: their functions' names."""
 

@@ -11,7 +11,9 @@ made of them tells how far a part is from the memory's own; it is low where a pa
     loss                  the logits, read once and their gradient written
     accumulation          a pass over all gradients a micro-batch: read e, read and write the sum; nothing with
                           `engine.fuse_weight_gradients`, but for the vectors of norms
-    optimizer             gradient, master and two moments read, the last three written, the weight written: 28 + e
+    optimizer             gradient, master and two moments read, the last three written, the weight written: 28 + e.
+                          In fact the norm, which has to be known first, reads the gradient once more (4) and someone
+                          empties its sum (4): 36 + e with `optim.fused_step`, 48 + e in passes of their own that clip
     communication         ring collectives: (W-1)/W of what is reduced, scattered or gathered; sequence parallelism's
                           exchanges of heads, as `training.forecast` counts them
 
