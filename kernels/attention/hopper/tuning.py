@@ -5,6 +5,7 @@ runners-up).
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,14 @@ class ForwardTile:
 
 @dataclass(frozen=True, slots=True)
 class BackwardTile:
-    """Launch configuration of the backward kernel (64 queries x 128 keys)."""
+    """Launch configuration of the backward kernel up to head dim 128 (64 queries x 128 keys)."""
 
+    block_n: ClassVar[int] = 128
+    column_warpgroups: ClassVar[int] = 2
+    """Warpgroups that share out the columns of dQ: the order of the sums depends on it."""
+    num_warps: ClassVar[int] = 8
+    """Of the main kernel's first partition."""
+    postprocess_warps: ClassVar[int] = 4
     q_stages: int
     """Depth of the Q ring."""
     do_stages: int
@@ -47,8 +54,29 @@ class BackwardTile:
             raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
 
+@dataclass(frozen=True, slots=True)
+class WideBackwardTile:
+    """Launch configuration of the backward kernel above head dim 128 (64 queries x 64 keys)."""
+
+    block_n: ClassVar[int] = 64
+    column_warpgroups: ClassVar[int] = 1
+    num_warps: ClassVar[int] = 4
+    postprocess_warps: ClassVar[int] = 8
+    q_stages: int
+    """Depth of the Q ring."""
+    do_stages: int
+    """Depth of the dO ring."""
+    dq_columns: int
+    """dQ leaves in pieces of this many columns, 32 or 64."""
+    dq_stages: int
+    """Pieces on their way, of 256 * dq_columns bytes each."""
+    first_stores: bool = False
+    """As in BackwardTile."""
+    pdl: bool = False
+    """As in BackwardTile."""
+
+
 BLOCK_M_BACKWARD = 64
-BLOCK_N_BACKWARD = 128
 
 FORWARD: dict[int, ForwardTile] = {
     64: ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True),
@@ -58,9 +86,11 @@ FORWARD: dict[int, ForwardTile] = {
 }
 """Padded head dim -> forward tile."""
 
-BACKWARD: dict[int, BackwardTile] = {
+BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     64: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
     128: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
+    # 225 of 227 KB: with one dO stage, 32 KB more would be there for dQ.
+    256: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=32, dq_stages=2),
 }
 """Padded head dim -> backward tile."""
 
