@@ -217,9 +217,7 @@ def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, m
 
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize("tile", [(2, 2, 32, 2), (1, 1, 64, 1), (2, 1, 64, 3), (3, 2, 32, 3)], ids=str)
-def test_wide_backward_rings(
-    tile: tuple[int, int, int, int], emulated: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wide_backward_rings(tile: tuple[int, int, int, int], emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every depth of the rings and both sizes of dQ's pieces give the same bits."""
     case = Case(((300, 140),), heads=4, heads_k=2, right=0, head_dim=256)
     q, k, v, dout, params, extras = inputs(case)

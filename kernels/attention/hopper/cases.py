@@ -71,7 +71,12 @@ def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, 
 
 
 def backward_source(
-    width: int, tile: tuning.BackwardTile | tuning.WideBackwardTile, dtype: str, mask: str, varlen: bool, order: str = "free"
+    width: int,
+    tile: tuning.BackwardTile | tuning.WideBackwardTile,
+    dtype: str,
+    mask: str,
+    varlen: bool,
+    order: str = "free",
 ) -> ASTSource:
     """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
     left, right = _MASKS[mask]
@@ -82,7 +87,8 @@ def backward_source(
     plain = gl.NVMMASharedLayout(0, 32, 2)
     statistics = _tile([1, block_m], "fp32", plain)
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
-    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": _tile([(tile.dq_columns if wide else width) // 4, 256], "fp32", plain)}
+    sums = _tile([(tile.dq_columns if wide else width) // 4, 256], "fp32", plain)
+    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": sums}
     types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
     types |= {"scale": "fp32"} | _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
     types |= _integers("num_heads_k", "group", "batch_heads_k")
@@ -141,7 +147,7 @@ def compile_cases() -> list[CompileCase]:
         tile = tuning.BACKWARD[width]
         common = {"D": width, "HEAD_DIM": width, "VARLEN": True, "PDL": False}
         before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": tile.column_warpgroups}
-        small[f"preprocess{suffix}"] = (backward_preprocess, common | before, 8)
+        small[f"preprocess{suffix}"] = (backward_preprocess, common | before, tile.preprocess_warps)
         small[f"postprocess{suffix}"] = (backward_postprocess, common | after, tile.postprocess_warps)
     for name, (kernel, constants, num_warps) in small.items():
         cases.append(CompileCase(f"hopper.{name}", _bind(elementwise_source, kernel, "bf16", constants), num_warps))

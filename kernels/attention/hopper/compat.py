@@ -55,7 +55,7 @@ def wait_previous_kernel():
 
 @gluon.jit
 def opaque_zero():
-    """0, of which the compiler knows nothing: an address with it in is computed where it stands, not before the loop."""
+    """0, of which the compiler knows nothing: an address made with it is computed there, not before the loop."""
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 

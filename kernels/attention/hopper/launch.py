@@ -380,7 +380,8 @@ def _plan_preprocess(
         "HAS_DLSE": dlse is not None,
         "PDL": _overlaps(call),
     }
-    return Launch(backward_preprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=8)
+    num_warps = tuning.BACKWARD[call.width].preprocess_warps
+    return Launch(backward_preprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=num_warps)
 
 
 def _plan_main(

@@ -35,6 +35,7 @@ class BackwardTile:
     """Warpgroups that share out the columns of dQ: the order of the sums depends on it."""
     num_warps: ClassVar[int] = 8
     """Of the main kernel's first partition."""
+    preprocess_warps: ClassVar[int] = 8
     postprocess_warps: ClassVar[int] = 4
     q_stages: int
     """Depth of the Q ring."""
@@ -61,6 +62,7 @@ class WideBackwardTile:
     block_n: ClassVar[int] = 64
     column_warpgroups: ClassVar[int] = 1
     num_warps: ClassVar[int] = 4
+    preprocess_warps: ClassVar[int] = 16
     postprocess_warps: ClassVar[int] = 8
     q_stages: int
     """Depth of the Q ring."""
