@@ -81,13 +81,12 @@ def backward_source(
     """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
-    wide = isinstance(tile, tuning.WideBackwardTile)
     block_m, block_n = tuning.BLOCK_M_BACKWARD, tile.block_n
     rows, keys = (_tile([*ones, n, width], dtype) for n in (block_m, block_n))
     plain = gl.NVMMASharedLayout(0, 32, 2)
     statistics = _tile([1, block_m], "fp32", plain)
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
-    sums = _tile([(tile.dq_columns if wide else width) // 4, 256], "fp32", plain)
+    sums = _tile([tile.columns_at_a_time(width) // 4, 256], "fp32", plain)
     types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": sums}
     types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
     types |= {"scale": "fp32"} | _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
@@ -98,7 +97,7 @@ def backward_source(
         "D": width,
         "STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
-        **({"DQ_COLUMNS": tile.dq_columns, "DQ_STAGES": tile.dq_stages} if wide else {"LOOKAHEAD": tile.lookahead}),
+        **tile.constants(),
         "VARLEN": varlen,
         "LEFT": left,
         "RIGHT": right,
@@ -109,7 +108,8 @@ def backward_source(
     absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
         {} if order != "free" else {"turns": None}
     )
-    return source(backward_wide_kernel if wide else backward_kernel, types, constants | absent)
+    kernel = backward_wide_kernel if isinstance(tile, tuning.WideBackwardTile) else backward_kernel
+    return source(kernel, types, constants | absent)
 
 
 def elementwise_source(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> ASTSource:
@@ -144,11 +144,11 @@ def compile_cases() -> list[CompileCase]:
         "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),
     }
     for width, suffix in ((128, ""), (256, "[d256]")):
-        tile = tuning.BACKWARD[width]
+        main = tuning.BACKWARD[width]
         common = {"D": width, "HEAD_DIM": width, "VARLEN": True, "PDL": False}
-        before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": tile.column_warpgroups}
-        small[f"preprocess{suffix}"] = (backward_preprocess, common | before, tile.preprocess_warps)
-        small[f"postprocess{suffix}"] = (backward_postprocess, common | after, tile.postprocess_warps)
+        before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": main.column_warpgroups}
+        small[f"preprocess{suffix}"] = (backward_preprocess, common | before, main.preprocess_warps)
+        small[f"postprocess{suffix}"] = (backward_postprocess, common | after, main.postprocess_warps)
     for name, (kernel, constants, num_warps) in small.items():
         cases.append(CompileCase(f"hopper.{name}", _bind(elementwise_source, kernel, "bf16", constants), num_warps))
     return cases

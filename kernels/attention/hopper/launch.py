@@ -389,7 +389,6 @@ def _plan_main(
     scratch: tuple[Tensor, Tensor, Tensor], turns: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
     tile = tuning.BACKWARD[call.width]
-    wide = isinstance(tile, tuning.WideBackwardTile)
     block_m, block_n = tuning.BLOCK_M_BACKWARD, tile.block_n
     num_tiles = bound * call.num_heads_k
     group = call.num_heads // call.num_heads_k
@@ -399,7 +398,7 @@ def _plan_main(
         "k_desc": describe_tensor(k, block_n, call.width, call.varlen),
         "v_desc": describe_tensor(v, block_n, call.width, call.varlen),
         "do_desc": describe_tensor(dout, block_m, call.width, call.varlen),
-        **dict(zip(names, _describe_scratch(scratch, tile.dq_columns if wide else call.width), strict=True)),
+        **dict(zip(names, _describe_scratch(scratch, tile.columns_at_a_time(call.width)), strict=True)),
         "dk_desc": describe_tensor(dk, block_n, call.width, call.varlen),
         "dv_desc": describe_tensor(dv, block_n, call.width, call.varlen),
         "sched": torch.empty(0, dtype=torch.int32, device=q.device) if call.varlen else None,
@@ -424,7 +423,7 @@ def _plan_main(
         "D": call.width,
         "STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
-        **({"DQ_COLUMNS": tile.dq_columns, "DQ_STAGES": tile.dq_stages} if wide else {"LOOKAHEAD": tile.lookahead}),
+        **tile.constants(),
         "VARLEN": call.varlen,
         "LEFT": params.window_left >= 0,
         "RIGHT": params.window_right >= 0,
@@ -432,7 +431,7 @@ def _plan_main(
         "DETERMINISTIC": params.deterministic,
         "PDL": _overlaps(call),
     }
-    kernel = backward_wide_kernel if wide else backward_kernel
+    kernel = backward_wide_kernel if isinstance(tile, tuning.WideBackwardTile) else backward_kernel
     options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "launch_pdl": _overlaps(call)}
     return Launch(kernel, num_tiles, arguments, **options)
 

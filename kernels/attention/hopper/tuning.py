@@ -54,6 +54,14 @@ class BackwardTile:
         if self.lookahead and self.q_stages < 2:
             raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
+    def constants(self) -> dict[str, int]:
+        """What only this kernel is compiled for."""
+        return {"LOOKAHEAD": self.lookahead}
+
+    def columns_at_a_time(self, width: int) -> int:
+        """Columns of dQ that the copy engine adds at a time."""
+        return width
+
 
 @dataclass(frozen=True, slots=True)
 class WideBackwardTile:
@@ -76,6 +84,18 @@ class WideBackwardTile:
     """As in BackwardTile."""
     pdl: bool = False
     """As in BackwardTile."""
+
+    def __post_init__(self) -> None:
+        if self.dq_columns not in (32, 64):
+            raise ValueError(f"dq_columns must be 32 or 64, got {self.dq_columns}")
+
+    def constants(self) -> dict[str, int]:
+        """As in BackwardTile."""
+        return {"DQ_COLUMNS": self.dq_columns, "DQ_STAGES": self.dq_stages}
+
+    def columns_at_a_time(self, width: int) -> int:
+        """As in BackwardTile."""
+        return self.dq_columns
 
 
 BLOCK_M_BACKWARD = 64
