@@ -229,9 +229,10 @@ def test_wide_backward_rings(tile: tuple[int, int, int, int], emulated: None, mo
         return grads
 
     want = gradients()
-    monkeypatch.setitem(tuning.BACKWARD, 256, tuning.WideBackwardTile(*tile))
-    for a, b in zip(gradients(), want, strict=True):
-        assert torch.equal(a, b)
+    for lookahead in (False, True):
+        monkeypatch.setitem(tuning.BACKWARD, 256, tuning.WideBackwardTile(*tile, lookahead))
+        for a, b in zip(gradients(), want, strict=True):
+            assert torch.equal(a, b)
 
 
 def fixed_order_case(case: Case) -> Callable[[], tuple[Tensor, ...]]:

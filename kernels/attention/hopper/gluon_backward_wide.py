@@ -101,13 +101,12 @@ def wide_reducer(
 
 @gluon.jit
 def scores(left_buf, right, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr):
-    """Sᵀ = K Qᵀ, or dPᵀ = V dOᵀ, [BN, BM]; ``right`` is Q or dO."""
+    """Start Sᵀ = K Qᵀ, or dPᵀ = V dOᵀ, [BN, BM]; ``right`` is Q or dO."""
     TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     # Otherwise 16 descriptors of K or V stay in registers through the loop: spills, and every product serialised.
     left = left_buf.index(opaque_zero()).reshape((BN, D))
     zero = gl.zeros((BN, BM), gl.float32, TL)
-    s = warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(s,))
+    return warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -128,7 +127,8 @@ def values_step(
     q_stage = step % STAGES
     do_stage = step % DO_STAGES
     mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
-    s = scores(k_buf, q_buf.index(q_stage).reshape((BM, D)), BM, BN, D)
+    s_next = scores(k_buf, q_buf.index(q_stage).reshape((BM, D)), BM, BN, D)
+    s = warpgroup_mma_wait(0, deps=(s_next,))
     if (mb * BM < begin) | (mb * BM + BM > end):
         delta_n = mb * BM - nb * BN + Sk - Sq
         s = masked_scores(s, delta_n, Sk - nb * BN, wl, wr, BM, BN, LEFT, RIGHT, TL)
@@ -147,11 +147,24 @@ def values_step(
 
 
 @gluon.jit
+def next_dp(step, bufs, bars, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DO_STAGES: gl.constexpr):
+    """Start dPᵀ of query block number ``step``."""
+    v_buf = bufs[2]
+    do_buf = bufs[3]
+    do_full = bars[2]
+    stage = step % DO_STAGES
+    mbarrier.wait(do_full.index(stage), (step // DO_STAGES) & 1)
+    return scores(v_buf, do_buf.index(stage).reshape((BM, D)), BM, BN, D)
+
+
+@gluon.jit
 def keys_step(
-    step, dk, bufs, bars,
+    step, dp, dk, bufs, bars,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """dS of a query block, handed to ``queries`` and added to dK, which it returns."""
+    """dS of a query block from its finished dPᵀ, handed to ``queries`` and added to dK; returns (dPᵀ, dK). AHEAD: of
+    the next block, issued behind dK."""
     q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, _, p_buf = bufs
     q_full, q_empty, do_full, do_empty, _, _, _, p_full, p_empty, ds_full, ds_empty = bars
     DTYPE: gl.constexpr = k_buf.dtype
@@ -161,8 +174,6 @@ def keys_step(
     COL: gl.constexpr = gl.SliceLayout(0, TL)
     q_stage = step % STAGES
     do_stage = step % DO_STAGES
-    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
-    dp = scores(v_buf, do_buf.index(do_stage).reshape((BM, D)), BM, BN, D)
     delta = delta_buf.index(do_stage).reshape((BM,)).load(COL)
     dp = dp - gl.expand_dims(delta, 0)
     mbarrier.arrive(do_empty.index(do_stage), count=1)
@@ -177,9 +188,15 @@ def keys_step(
     mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
     q = q_buf.index(q_stage).reshape((BM, D))
     dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
-    dk = warpgroup_mma_wait(0, deps=(dk_next,))
-    mbarrier.arrive(q_empty.index(q_stage), count=1)
-    return dk
+    if AHEAD:
+        dp_next = next_dp(step + 1, bufs, bars, BM, BN, D, DO_STAGES)
+        dk = warpgroup_mma_wait(1, deps=(dk_next,))
+        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        dp = warpgroup_mma_wait(0, deps=(dp_next,))
+    else:
+        dk = warpgroup_mma_wait(0, deps=(dk_next,))
+        mbarrier.arrive(q_empty.index(q_stage), count=1)
+    return dp, dk
 
 
 @gluon.jit
@@ -227,7 +244,7 @@ def values_consumer(
 def keys_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``keys``: dP, dS and dK."""
     dk_desc = descs[7]
@@ -248,8 +265,19 @@ def keys_consumer(
         lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
         dk = gl.zeros((BN, D), gl.float32, KL)
         mbarrier.wait(kv_full.index(1), 0)
-        for step in range(group * (hi - lo)):
-            dk = keys_step(step, dk, bufs, bars, BM, BN, D, STAGES, DO_STAGES)
+        steps = group * (hi - lo)
+        if LOOKAHEAD:
+            if steps > 0:
+                dp_next = next_dp(0, bufs, bars, BM, BN, D, DO_STAGES)
+                dp = warpgroup_mma_wait(0, deps=(dp_next,))
+                for step in range(steps - 1):
+                    dp, dk = keys_step(step, dp, dk, bufs, bars, BM, BN, D, STAGES, DO_STAGES, True)
+                dp, dk = keys_step(steps - 1, dp, dk, bufs, bars, BM, BN, D, STAGES, DO_STAGES, False)
+        else:
+            for step in range(steps):
+                dp_next = next_dp(step, bufs, bars, BM, BN, D, DO_STAGES)
+                dp = warpgroup_mma_wait(0, deps=(dp_next,))
+                dp, dk = keys_step(step, dp, dk, bufs, bars, BM, BN, D, STAGES, DO_STAGES, False)
         # V is dead: its buffer stages dK.
         v_buf.index(0).reshape((BN, D)).store((dk * scale).to(DTYPE))
         fence_async_shared()
@@ -345,7 +373,7 @@ def backward_wide_kernel(
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     DQ_COLUMNS: gl.constexpr, DQ_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
     FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=4, one CTA per key block and kv head (varlen: an upper bound of them)."""
@@ -398,14 +426,16 @@ def backward_wide_kernel(
     ptrs = (sched, cu_q, cu_k, turns)
     sizes = (num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k)
     window = (wl, wr)
+    # Registers: dS in flight beside the next dP takes more of them. ``values`` gets the rest of 512: 208 or 192.
+    KEYS_REGS: gl.constexpr = 224 if LOOKAHEAD else 208
     gl.warp_specialize([
         (values_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, D, STAGES, DO_STAGES,
                            VARLEN, LEFT, RIGHT, FIRST_STORES)),
         (keys_consumer, (descs, bufs, bars, ptrs, sizes, window, scale, BM, BN, D, STAGES, DO_STAGES,
-                         VARLEN, LEFT, RIGHT)),
+                         VARLEN, LEFT, RIGHT, LOOKAHEAD)),
         (queries_consumer, (bufs, bars, ptrs, sizes, window, BM, BN, D, DQ_COLUMNS, DQ_STAGES, VARLEN, LEFT, RIGHT)),
         (backward_producer, (descs, loads, load_bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT,
                              RIGHT, FIRST_STORES, PDL)),
         (wide_reducer, (descs, loads, load_bars, ptrs, sizes, window, BM, BN, D, DQ_COLUMNS, DQ_STAGES, VARLEN, LEFT,
                         RIGHT, FIRST_STORES, DETERMINISTIC)),
-    ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip
+    ], [4, 4, 1, 1], [KEYS_REGS, 72, 24, 24])  # fmt: skip

@@ -80,6 +80,8 @@ class WideBackwardTile:
     """dQ leaves in pieces of this many columns, 32 or 64."""
     dq_stages: int
     """Pieces on their way, of 256 * dq_columns bytes each."""
+    lookahead: bool = False
+    """dP of the next block is issued behind dK of this one."""
     first_stores: bool = False
     """As in BackwardTile."""
     pdl: bool = False
@@ -91,7 +93,7 @@ class WideBackwardTile:
 
     def constants(self) -> dict[str, int]:
         """As in BackwardTile."""
-        return {"DQ_COLUMNS": self.dq_columns, "DQ_STAGES": self.dq_stages}
+        return {"DQ_COLUMNS": self.dq_columns, "DQ_STAGES": self.dq_stages, "LOOKAHEAD": self.lookahead}
 
     def columns_at_a_time(self, width: int) -> int:
         """As in BackwardTile."""

@@ -126,6 +126,7 @@ def wide_variants() -> Iterator[Check]:
         tuning.WideBackwardTile(2, 2, 32, 2, first_stores=True),
         tuning.WideBackwardTile(2, 2, 32, 2, pdl=True),
         tuning.WideBackwardTile(2, 2, 32, 2, first_stores=True, pdl=True),
+        tuning.WideBackwardTile(2, 2, 32, 2, lookahead=True),
         tuning.WideBackwardTile(2, 2, 64, 1),
         tuning.WideBackwardTile(2, 1, 64, 2),
         tuning.WideBackwardTile(2, 1, 64, 3),
