@@ -90,6 +90,8 @@ class WideBackwardTile:
     def __post_init__(self) -> None:
         if self.dq_columns not in (32, 64):
             raise ValueError(f"dq_columns must be 32 or 64, got {self.dq_columns}")
+        if self.lookahead and self.q_stages < 2:  # dO of the next block is loaded behind its Q
+            raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
     def constants(self) -> dict[str, int]:
         """As in BackwardTile."""
