@@ -123,7 +123,7 @@ def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
     from kernels.attention.hopper import tuning
 
     tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.BACKWARD)
-    known = {f.name for table in tables for f in dataclasses.fields(next(iter(table.values())))}
+    known = {f.name for table in tables for tile in table.values() for f in dataclasses.fields(tile)}
     if unknown := set(changes) - known:
         raise ValueError(f"hopper has no tile parameter {sorted(unknown)}; it has {sorted(known)}")
     before = [dict(table) for table in tables]

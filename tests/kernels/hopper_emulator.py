@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.hopper import gluon_backward, gluon_forward, tiles
+from kernels.attention.hopper import gluon_backward, gluon_backward_wide, gluon_forward, tiles
 
 HANG_S = 60.0
 WARP_THREADS = 32
@@ -119,6 +119,9 @@ class Shared:
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return Shared(self.data.narrow(dim, int(start), int(length)))
 
     def load(self, _: Any) -> Tensor:
         return value(self.data.clone())
@@ -342,7 +345,7 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
         int16=torch.int16, int32=torch.int32, int64=torch.int64, constexpr=None,
         program_id=lambda _: Int(cta.program), num_programs=lambda _: Int(cta.programs),
-        load=_load, store=_store, atomic_add=_atomic_add, static_range=range,
+        load=_load, store=_store, atomic_add=_atomic_add, static_range=range, static_assert=lambda _: None,
         cdiv=lambda a, b: Int(a + b - 1) // b,
         minimum=_scalar_or_tensor(min, torch.minimum), maximum=_scalar_or_tensor(max, torch.maximum),
         arange=lambda a, b, _: value(torch.arange(a, b, dtype=torch.int32)),
@@ -369,7 +372,7 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         "tma_load": tma_load, "tma_store": tma_store, "tma_reduce_add": tma_reduce_add,
         "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "fence_async_shared": lambda: None,
         "partition_barrier": lambda: None,
-        "pass_turn": pass_turn, "wait_previous_kernel": lambda: None,
+        "pass_turn": pass_turn, "wait_previous_kernel": lambda: None, "opaque_zero": lambda: Int(0),
         "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) >= int(rank), f"turn {int(rank)}"),
         "named_barrier_sync": lambda i, n: cta.named_barrier(i, n, True),
         "named_barrier_arrive": lambda i, n: cta.named_barrier(i, n, False),
@@ -404,10 +407,10 @@ def _argument(x: Any) -> Any:
 
 
 class EmulatedKernel:
-    """Stands for a compiled kernel: ``kernel[grid](**arguments)``."""
+    """Stands for a compiled kernel, ``kernel[grid](**arguments)``, which uses device functions of ``libraries``."""
 
-    def __init__(self, module: Any, name: str) -> None:
-        self.module, self.name = module, name
+    def __init__(self, module: Any, name: str, *libraries: Any) -> None:
+        self.module, self.name, self.libraries = module, name, (tiles, *libraries)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*, num_warps: int, enable_fp_fusion: bool, launch_pdl: bool = False, **kwargs: Any) -> None:
@@ -416,7 +419,8 @@ class EmulatedKernel:
 
             def run(program: int) -> None:
                 names = _namespace(Cta(program, grid[0], num_warps))
-                names |= {k: v for k, v in _rebind(tiles, names).items() if callable(v) or k.isupper()}
+                for library in self.libraries:
+                    names |= {k: v for k, v in _rebind(library, names).items() if callable(v) or k.isupper()}
                 _rebind(self.module, names)[self.name](**args)
 
             with ThreadPoolExecutor(resident) as multiprocessors:
@@ -427,3 +431,4 @@ class EmulatedKernel:
 
 FORWARD = EmulatedKernel(gluon_forward, "forward_kernel")
 BACKWARD = EmulatedKernel(gluon_backward, "backward_kernel")
+BACKWARD_WIDE = EmulatedKernel(gluon_backward_wide, "backward_wide_kernel", gluon_backward)

@@ -26,6 +26,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(launch, "forward_kernel", hopper_emulator.FORWARD)
     monkeypatch.setattr(launch, "backward_kernel", hopper_emulator.BACKWARD)
+    monkeypatch.setattr(launch, "backward_wide_kernel", hopper_emulator.BACKWARD_WIDE)
     monkeypatch.setattr(launch, "_num_sms", lambda _: 3)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     counter = torch.zeros(1, dtype=torch.int32)
@@ -121,6 +122,18 @@ CASES = [
     Case(((257, 100), (3, 500), (128, 128)), varlen=True, heads=4, heads_k=2),
     Case(((200, 260), (90, 90)), varlen=True, left=50, right=0, head_dim=128),
 ]
+# The kernel for head dims above 128, whose blocks are 64 keys.
+CASES += [
+    Case(((128, 128),), right=0, head_dim=256),
+    Case(((200, 330),), batch=2, heads=4, heads_k=2, head_dim=192),
+    Case(((330, 200),), right=0, head_dim=160),  # rows that see no key
+    Case(((300, 129),), left=40, heads=1, head_dim=256),
+    Case(((150, 400),), left=60, right=100, head_dim=224, dtype=torch.float16),
+    Case(((1, 1),), right=0, head_dim=136),
+    Case(((65, 127),), heads=3, heads_k=1, head_dim=256, dtype=torch.float16),
+    Case(((100, 100), (0, 30), (300, 300), (30, 0), (1, 1), (129, 64)), varlen=True, right=0, head_dim=256),
+    Case(((257, 100), (3, 500)), varlen=True, heads=4, heads_k=2, left=100, right=0, head_dim=192),
+]
 # Limits that fall on, just before and just after the edges of 64 queries and 128 keys.
 WINDOWS = [(0, 0), (1, 0), (62, -1), (-1, 62), (63, 63), (64, 64), (126, 126), (127, 127), (128, 128), (129, -1)]
 CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
@@ -202,6 +215,26 @@ def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, m
             assert torch.equal(a, b)
 
 
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("tile", [(2, 2, 32, 2), (1, 1, 64, 1), (2, 1, 64, 3), (3, 2, 32, 3)], ids=str)
+def test_wide_backward_rings(tile: tuple[int, int, int, int], emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every depth of the rings and both sizes of dQ's pieces give the same bits."""
+    case = Case(((300, 140),), heads=4, heads_k=2, right=0, head_dim=256)
+    q, k, v, dout, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+
+    def gradients() -> list[Tensor]:
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
+        return grads
+
+    want = gradients()
+    for lookahead in (False, True) if tile[0] > 1 else (False,):
+        monkeypatch.setitem(tuning.BACKWARD, 256, tuning.WideBackwardTile(*tile, lookahead))
+        for a, b in zip(gradients(), want, strict=True):
+            assert torch.equal(a, b)
+
+
 def fixed_order_case(case: Case) -> Callable[[], tuple[Tensor, ...]]:
     """A backward in fixed order, to be repeated."""
     q, k, v, dout, params, extras = inputs(case)
@@ -225,6 +258,10 @@ FIXED_ORDER = [
     Case(((500, 500),), left=64),
     Case(((100, 300), (0, 30), (300, 300), (30, 0), (129, 264)), varlen=True, right=0),
     Case(((257, 600), (3, 500)), varlen=True, left=100, right=0),
+    Case(((330, 400),), head_dim=256),
+    Case(((400, 400),), right=0, head_dim=192),
+    Case(((300, 300),), left=70, right=0, head_dim=256),
+    Case(((100, 300), (0, 30), (129, 264)), varlen=True, right=0, head_dim=160),
 ]
 
 
@@ -260,7 +297,8 @@ def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.
     out, lse = hopper.forward(q, k, v, params, extras, {})
     plain, stored = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
     hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras, {})
-    monkeypatch.setitem(tuning.BACKWARD, 64, replace(tuning.BACKWARD[64], first_stores=True))
+    for width in (64, 256):
+        monkeypatch.setitem(tuning.BACKWARD, width, replace(tuning.BACKWARD[width], first_stores=True))
     monkeypatch.setattr(hopper_emulator, "HANG_S", 20.0)
     scratch = launch._scratch
     monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
@@ -294,6 +332,13 @@ def test_waiting_for_a_cta_that_has_not_started_is_reported(emulated: None, monk
 def test_lookahead_with_one_stage_is_refused() -> None:
     with pytest.raises(ValueError, match="q_stages"):
         tuning.BackwardTile(1, 2, lookahead=True)
+    with pytest.raises(ValueError, match="q_stages"):
+        tuning.WideBackwardTile(1, 2, 32, 2, lookahead=True)
+
+
+def test_pieces_of_dq_that_the_kernel_cannot_make_are_refused() -> None:
+    with pytest.raises(ValueError, match="dq_columns"):
+        tuning.WideBackwardTile(2, 2, 128, 1)
 
 
 @NEEDS_INTERPRETER
@@ -354,7 +399,8 @@ PROBLEM = Problem(
         ({}, None),
         ({"varlen": True}, None),
         ({"head_dim": 256}, None),
-        ({"head_dim": 256, "direction": "backward"}, "head dim"),
+        ({"head_dim": 256, "direction": "backward"}, None),
+        ({"head_dim": 264, "direction": "backward"}, "head dim"),
         ({"head_dim": 59}, "head dim"),
         ({"capability": (8, 0)}, "9.0"),
         ({"capability": (10, 0)}, "9.0"),

@@ -6,7 +6,7 @@ only.
 | | forward | backward |
 |---|---|---|
 | dtype | fp16, bf16 | fp16, bf16 |
-| head dim, multiples of 8 | 8 to 256 | 8 to 128 |
+| head dim, multiples of 8 | 8 to 256 | 8 to 256 |
 | causal, any lengths; window; GQA, MQA; varlen | yes | yes |
 | deterministic dQ | - | yes |
 | soft cap, ALiBi, dropout, scale <= 0 | no | no |
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_TRITON = ("3.6", "3.7", "3.8", "3.9")
 """Versions under which every kernel of this path compiles within its budget (scripts/compile_check.py)."""
-MAX_HEAD_DIM = {"forward": 256, "backward": 128}
+MAX_HEAD_DIM = 256
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +54,12 @@ def _triton_problem() -> str | None:
 def supports(problem: Problem) -> str | None:
     """None if this path computes ``problem``, otherwise the reason why not."""
     params = problem.params
-    limit = MAX_HEAD_DIM[problem.direction]
     checks = (
         (problem.capability != (9, 0), f"needs a GPU of compute capability 9.0, got {problem.capability}"),
         (problem.dtype not in (torch.float16, torch.bfloat16), f"needs fp16 or bf16, got {problem.dtype}"),
         (
-            problem.head_dim > limit or problem.head_dim % 8 != 0,
-            f"needs a head dim that is a multiple of 8 up to {limit} ({problem.direction}), got {problem.head_dim}",
+            problem.head_dim > MAX_HEAD_DIM or problem.head_dim % 8 != 0,
+            f"needs a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {problem.head_dim}",
         ),
         (not problem.aligned, "needs 16-byte aligned base addresses and strides"),
         (params.softmax_scale <= 0, f"needs softmax_scale > 0, got {params.softmax_scale}"),

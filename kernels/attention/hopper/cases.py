@@ -12,6 +12,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kernels.attention.hopper import tuning
 from kernels.attention.hopper.elementwise import backward_postprocess, backward_preprocess, list_tiles
 from kernels.attention.hopper.gluon_backward import backward_kernel
+from kernels.attention.hopper.gluon_backward_wide import backward_wide_kernel
 from kernels.attention.hopper.gluon_forward import forward_kernel
 from kernels.compile_check import CompileCase
 
@@ -70,17 +71,23 @@ def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, 
 
 
 def backward_source(
-    width: int, tile: tuning.BackwardTile, dtype: str, mask: str, varlen: bool, order: str = "free"
+    width: int,
+    tile: tuning.BackwardTile | tuning.WideBackwardTile,
+    dtype: str,
+    mask: str,
+    varlen: bool,
+    order: str = "free",
 ) -> ASTSource:
     """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
-    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
+    block_m, block_n = tuning.BLOCK_M_BACKWARD, tile.block_n
     rows, keys = (_tile([*ones, n, width], dtype) for n in (block_m, block_n))
     plain = gl.NVMMASharedLayout(0, 32, 2)
     statistics = _tile([1, block_m], "fp32", plain)
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
-    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": _tile([width // 4, 256], "fp32", plain)}
+    sums = _tile([tile.columns_at_a_time(width) // 4, 256], "fp32", plain)
+    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": sums}
     types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
     types |= {"scale": "fp32"} | _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
     types |= _integers("num_heads_k", "group", "batch_heads_k")
@@ -90,7 +97,7 @@ def backward_source(
         "D": width,
         "STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
-        "LOOKAHEAD": tile.lookahead,
+        **tile.constants(),
         "VARLEN": varlen,
         "LEFT": left,
         "RIGHT": right,
@@ -101,7 +108,8 @@ def backward_source(
     absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
         {} if order != "free" else {"turns": None}
     )
-    return source(backward_kernel, types, constants | absent)
+    kernel = backward_wide_kernel if isinstance(tile, tuning.WideBackwardTile) else backward_kernel
+    return source(kernel, types, constants | absent)
 
 
 def elementwise_source(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> ASTSource:
@@ -124,19 +132,23 @@ def compile_cases() -> list[CompileCase]:
             make = _bind(forward_source, width, tile, dtype, mask, varlen)
             cases.append(CompileCase(name, make, 4, quick=_quick(width, mask, varlen, dtype)))
     for width, backward_tile in tuning.BACKWARD.items():
+        num_warps = backward_tile.num_warps
         for dtype, mask, varlen in _combinations():
             name = f"hopper.backward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
             make = _bind(backward_source, width, backward_tile, dtype, mask, varlen)
-            cases.append(CompileCase(name, make, 8, quick=_quick(width, mask, varlen, dtype)))
+            cases.append(CompileCase(name, make, num_warps, quick=_quick(width, mask, varlen, dtype)))
             for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
                 make = _bind(backward_source, width, backward_tile, dtype, mask, varlen, order)
-                cases.append(CompileCase(name.replace("backward", f"backward_{order}"), make, 8))
-    common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True, "PDL": False}
+                cases.append(CompileCase(name.replace("backward", f"backward_{order}"), make, num_warps))
     small: dict[str, tuple[Any, dict[str, Any], int]] = {
         "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),
-        "preprocess": (backward_preprocess, {**common, "BLOCK": 64, "HAS_DLSE": True}, 8),
-        "postprocess": (backward_postprocess, common, 4),
     }
+    for width, suffix in ((128, ""), (256, "[d256]")):
+        main = tuning.BACKWARD[width]
+        common = {"D": width, "HEAD_DIM": width, "VARLEN": True, "PDL": False}
+        before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": main.column_warpgroups}
+        small[f"preprocess{suffix}"] = (backward_preprocess, common | before, main.preprocess_warps)
+        small[f"postprocess{suffix}"] = (backward_postprocess, common | after, main.postprocess_warps)
     for name, (kernel, constants, num_warps) in small.items():
         cases.append(CompileCase(f"hopper.{name}", _bind(elementwise_source, kernel, "bf16", constants), num_warps))
     return cases

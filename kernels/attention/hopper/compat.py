@@ -53,6 +53,12 @@ def wait_previous_kernel():
     gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def opaque_zero():
+    """0, of which the compiler knows nothing: an address made with it is computed there, not before the loop."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # Turns: a count in global memory that orders additions by several CTAs. Both run in a partition of one warp.
 @gluon.jit
 def wait_turn(turn, rank):

@@ -85,15 +85,20 @@ def backward_preprocess(
     b, h, start, length, row, column = _locate(bh, num_heads, cu_q, seqlen_q, VARLEN)
     if m0 < length:
         m = m0 + tl.arange(0, BLOCK)
-        d = tl.arange(0, D)
         valid = m < length
-        mask = valid[:, None] & (d < HEAD_DIM)[None, :]
         b64 = b.to(tl.int64)
         h64 = h.to(tl.int64)
         rows = (start + m).to(tl.int64)
-        o = tl.load(out + b64 * stride_ob + h64 * stride_oh + rows[:, None] * stride_os + d[None, :], mask, 0.0)
-        do = tl.load(dout + b64 * stride_db + h64 * stride_dh + rows[:, None] * stride_ds + d[None, :], mask, 0.0)
-        total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        o_rows = out + b64 * stride_ob + h64 * stride_oh + rows[:, None] * stride_os
+        do_rows = dout + b64 * stride_db + h64 * stride_dh + rows[:, None] * stride_ds
+        COLUMNS: tl.constexpr = 128 if D > 128 else D  # what the registers hold
+        total = tl.zeros((BLOCK,), tl.float32)
+        for d0 in tl.static_range(0, D, COLUMNS):
+            d = d0 + tl.arange(0, COLUMNS)
+            mask = valid[:, None] & (d < HEAD_DIM)[None, :]
+            o = tl.load(o_rows + d[None, :], mask, 0.0)
+            do = tl.load(do_rows + d[None, :], mask, 0.0)
+            total += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if HAS_DLSE:
             total -= tl.load(dlse + b64 * stride_gb + h64 * stride_gh + rows, valid, 0.0)
         value = tl.load(lse + b64 * stride_lb + h64 * stride_lh + rows, valid, float("-inf"))
@@ -116,9 +121,10 @@ def backward_postprocess(
     stride_qb, stride_qs, stride_qh,
     seqlen_q, padded, num_heads, num_blocks,
     scale,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, VARLEN: tl.constexpr, PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, COLUMN_WARPGROUPS: tl.constexpr, VARLEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """dQ = scale * sums, out of register order, for 64 queries; 0 where no key block has had its turn."""
+    """dQ = scale * sums, out of register order, for 64 queries; 0 where no key block has had its turn.
+    COLUMN_WARPGROUPS of the main kernel share out dQ's columns."""
     if PDL:  # launched while the main kernel runs
         gdc_wait()
     pid = tl.program_id(0)
@@ -130,7 +136,8 @@ def backward_postprocess(
         x = tl.load(sums + first * D + tl.arange(0, 64 * D)) * scale
         if turns is not None:
             x = tl.where(tl.load(turns + first // 64) > 0, x, 0.0)  # the sums were never written: any bits
-        x = tl.reshape(x, (D // 16, 2, 4, 8, 4, 2, 2))  # k, warpgroup, warp, lane row, lane column, r row, r column
+        W: tl.constexpr = COLUMN_WARPGROUPS
+        x = tl.reshape(x, (D // 8 // W, W, 4, 8, 4, 2, 2))  # k, warpgroup, warp, lane row, lane column, r row, r column
         x = tl.reshape(tl.permute(x, (2, 5, 3, 1, 0, 4, 6)), (64, D))
         m = m0 + tl.arange(0, 64)
         d = tl.arange(0, D)

@@ -22,6 +22,7 @@ from kernels.attention.dispatch import AttnExtras, AttnParams
 from kernels.attention.hopper import tuning
 from kernels.attention.hopper.elementwise import backward_postprocess, backward_preprocess, list_tiles
 from kernels.attention.hopper.gluon_backward import backward_kernel
+from kernels.attention.hopper.gluon_backward_wide import backward_wide_kernel
 from kernels.attention.hopper.gluon_forward import forward_kernel
 from kernels.attention.relaunch import Launch
 
@@ -364,10 +365,11 @@ def _plan_backward(
     assert dv is not None
     columns = call.scratch_rows * call.padded
     scratch = _shaped(_scratch(columns, call.width, torch.device("meta")), call)
-    take_turns = params.deterministic or tuning.BACKWARD[call.width].first_stores
+    tile = tuning.BACKWARD[call.width]
+    take_turns = params.deterministic or tile.first_stores
     turn_shape = (call.scratch_rows, call.padded // tuning.BLOCK_M_BACKWARD) if take_turns else None
     turns = None if turn_shape is None else torch.empty(turn_shape, dtype=torch.int32, device="meta")
-    block_n = tuning.BLOCK_N_BACKWARD
+    block_n = tile.block_n
     bound = call.tiles("k", block_n)
     cu = extras.cu_seqlens_k
     tiles = None if cu is None else _plan_tile_list(cu, call, bound, block_n, descending=False)
@@ -406,10 +408,11 @@ def _overlaps(call: Call) -> bool:
     return tuning.BACKWARD[call.width].pdl and not call.varlen
 
 
-def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], width: int) -> tuple[TensorDescriptor, ...]:
-    """Descriptors of the three, unswizzled: the tiles are read row by row."""
+def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], dq_columns: int) -> tuple[TensorDescriptor, ...]:
+    """Descriptors of the three, unswizzled: the tiles are read row by row. ``dq_columns`` of 64 rows of dQ leave at a
+    time."""
     plain = gl.NVMMASharedLayout(0, 32, 2)
-    blocks = ([1, tuning.BLOCK_M_BACKWARD], [1, tuning.BLOCK_M_BACKWARD], [width // 4, 256])
+    blocks = ([1, tuning.BLOCK_M_BACKWARD], [1, tuning.BLOCK_M_BACKWARD], [dq_columns // 4, 256])
     return tuple(
         TensorDescriptor(t, list(t.shape), list(t.stride()), block, plain)
         for t, block in zip(scratch, blocks, strict=True)
@@ -453,7 +456,8 @@ def _plan_preprocess(
         "HAS_DLSE": dlse is not None,
         "PDL": _overlaps(call),
     }
-    return Launch(backward_preprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=8)
+    num_warps = tuning.BACKWARD[call.width].preprocess_warps
+    return Launch(backward_preprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=num_warps)
 
 
 def _plan_main(
@@ -461,7 +465,7 @@ def _plan_main(
     scratch: tuple[Tensor, Tensor, Tensor], turns: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
     tile = tuning.BACKWARD[call.width]
-    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
+    block_m, block_n = tuning.BLOCK_M_BACKWARD, tile.block_n
     num_tiles = bound * call.num_heads_k
     group = call.num_heads // call.num_heads_k
     names = ("lse_desc", "delta_desc", "dq_desc")
@@ -470,7 +474,7 @@ def _plan_main(
         "k_desc": describe_tensor(k, block_n, call.width, call.varlen),
         "v_desc": describe_tensor(v, block_n, call.width, call.varlen),
         "do_desc": describe_tensor(dout, block_m, call.width, call.varlen),
-        **dict(zip(names, _describe_scratch(scratch, call.width), strict=True)),
+        **dict(zip(names, _describe_scratch(scratch, tile.columns_at_a_time(call.width)), strict=True)),
         "dk_desc": describe_tensor(dk, block_n, call.width, call.varlen),
         "dv_desc": describe_tensor(dv, block_n, call.width, call.varlen),
         "sched": torch.empty(0, dtype=torch.int32, device=q.device) if call.varlen else None,
@@ -500,7 +504,7 @@ def _plan_main(
         "D": call.width,
         "STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
-        "LOOKAHEAD": tile.lookahead,
+        **tile.constants(),
         "VARLEN": call.varlen,
         "LEFT": params.window_left >= 0,
         "RIGHT": params.window_right >= 0,
@@ -508,7 +512,9 @@ def _plan_main(
         "DETERMINISTIC": params.deterministic,
         "PDL": _overlaps(call),
     }
-    return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True, launch_pdl=_overlaps(call))
+    kernel = backward_wide_kernel if isinstance(tile, tuning.WideBackwardTile) else backward_kernel
+    options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "launch_pdl": _overlaps(call)}
+    return Launch(kernel, num_tiles, arguments, **options)
 
 
 def _plan_postprocess(
@@ -520,6 +526,7 @@ def _plan_postprocess(
     extras: AttnExtras,
 ) -> Launch:
     num_blocks = triton.cdiv(call.seqlen_q, 64)
+    tile = tuning.BACKWARD[call.width]
     arguments = {
         "sums": scratch[2],
         "turns": turns,
@@ -533,8 +540,10 @@ def _plan_postprocess(
         "scale": scale,
         "HEAD_DIM": call.head_dim,
         "D": call.width,
+        "COLUMN_WARPGROUPS": tile.column_warpgroups,
         "VARLEN": call.varlen,
         "PDL": _overlaps(call),
     }
-    options = {"launch_pdl": True} if _overlaps(call) else {}
-    return Launch(backward_postprocess, num_blocks * call.batch * call.num_heads, arguments, num_warps=4, **options)
+    options: dict[str, Any] = {"launch_pdl": True} if _overlaps(call) else {}
+    options["num_warps"] = tile.postprocess_warps
+    return Launch(backward_postprocess, num_blocks * call.batch * call.num_heads, arguments, **options)

@@ -5,6 +5,7 @@ runners-up).
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,15 @@ class ForwardTile:
 
 @dataclass(frozen=True, slots=True)
 class BackwardTile:
-    """Launch configuration of the backward kernel (64 queries x 128 keys)."""
+    """Launch configuration of the backward kernel up to head dim 128 (64 queries x 128 keys)."""
 
+    block_n: ClassVar[int] = 128
+    column_warpgroups: ClassVar[int] = 2
+    """Warpgroups that share out the columns of dQ: the order of the sums depends on it."""
+    num_warps: ClassVar[int] = 8
+    """Of the main kernel's first partition."""
+    preprocess_warps: ClassVar[int] = 8
+    postprocess_warps: ClassVar[int] = 4
     q_stages: int
     """Depth of the Q ring."""
     do_stages: int
@@ -46,9 +54,55 @@ class BackwardTile:
         if self.lookahead and self.q_stages < 2:
             raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
+    def constants(self) -> dict[str, int]:
+        """What only this kernel is compiled for."""
+        return {"LOOKAHEAD": self.lookahead}
+
+    def columns_at_a_time(self, width: int) -> int:
+        """Columns of dQ that the copy engine adds at a time."""
+        return width
+
+
+@dataclass(frozen=True, slots=True)
+class WideBackwardTile:
+    """Launch configuration of the backward kernel above head dim 128 (64 queries x 64 keys)."""
+
+    block_n: ClassVar[int] = 64
+    column_warpgroups: ClassVar[int] = 1
+    num_warps: ClassVar[int] = 4
+    preprocess_warps: ClassVar[int] = 16
+    postprocess_warps: ClassVar[int] = 8
+    q_stages: int
+    """Depth of the Q ring."""
+    do_stages: int
+    """Depth of the dO ring."""
+    dq_columns: int
+    """dQ leaves in pieces of this many columns, 32 or 64."""
+    dq_stages: int
+    """Pieces on their way, of 256 * dq_columns bytes each."""
+    lookahead: bool = False
+    """dP of the next block is issued behind dK of this one."""
+    first_stores: bool = False
+    """As in BackwardTile."""
+    pdl: bool = False
+    """As in BackwardTile."""
+
+    def __post_init__(self) -> None:
+        if self.dq_columns not in (32, 64):
+            raise ValueError(f"dq_columns must be 32 or 64, got {self.dq_columns}")
+        if self.lookahead and self.q_stages < 2:  # dO of the next block is loaded behind its Q
+            raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
+
+    def constants(self) -> dict[str, int]:
+        """As in BackwardTile."""
+        return {"DQ_COLUMNS": self.dq_columns, "DQ_STAGES": self.dq_stages, "LOOKAHEAD": self.lookahead}
+
+    def columns_at_a_time(self, width: int) -> int:
+        """As in BackwardTile."""
+        return self.dq_columns
+
 
 BLOCK_M_BACKWARD = 64
-BLOCK_N_BACKWARD = 128
 
 FORWARD: dict[int, ForwardTile] = {
     64: ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True),
@@ -58,9 +112,11 @@ FORWARD: dict[int, ForwardTile] = {
 }
 """Padded head dim -> forward tile."""
 
-BACKWARD: dict[int, BackwardTile] = {
+BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     64: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
     128: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
+    # 225 of 227 KB: with one dO stage, 32 KB more would be there for dQ.
+    256: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=32, dq_stages=2),
 }
 """Padded head dim -> backward tile."""
 

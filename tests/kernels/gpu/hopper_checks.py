@@ -70,11 +70,6 @@ def heads_and_widths() -> Iterator[Check]:
         yield dense(Case(400, 400, 64, dtype=BF16, options={"softmax_scale": scale}))
     for magnitude in (8.0, 30.0):
         yield dense(Case(400, 400, 128, dtype=BF16, magnitude=magnitude, options=CAUSAL))
-    for head_dim in (192, 256):
-        yield (
-            f"forward only, head dim {head_dim}",
-            lambda d=head_dim: forward_only(Case(700, 900, d, dtype=BF16, options=CAUSAL)),
-        )
     yield "more than 65,535 heads", lambda: forward_only(Case(17, 33, 16, 66_000, 66_000, dtype=BF16))
 
 
@@ -85,6 +80,59 @@ def forward_only(case: Case) -> None:
     plain, _ = attention_reference(q, k, v, **case.options, dtype=case.dtype)
     assert_close("out", out, plain, truth, 2)
     assert_lse(lse, truth_lse)
+
+
+VARLEN_LENGTHS = ([100, 200, 300], [1, 0, 129, 512, 64], [1000] * 5 + [3] * 40, [2048, 17, 900])
+
+
+def wide() -> Iterator[Check]:
+    """Head dims above 128, whose backward is a kernel of its own: shapes, widths, masks, groups, varlen."""
+    for (sq, sk), causal in itertools.product(SHAPES, (False, True)):
+        heads = 2 if max(sq, sk) > 2048 else 4
+        yield dense(Case(sq, sk, 256, heads, heads // 2, batch=2, dtype=BF16, options={"causal": causal}))
+    for head_dim in (136, 160, 192, 224, 248):
+        yield dense(Case(700, 900, head_dim, 4, 2, dtype=BF16, options=CAUSAL))
+        yield dense(Case(333, 444, head_dim, dtype=FP16))
+    for window in ((0, 0), (1, 0), (62, 63), (63, 64), (64, 0), (65, 65), (500, 100)):
+        yield dense(Case(513, 700, 256, dtype=BF16, options={"window_size": window}))
+    for heads_k in (1, 3, 6):
+        yield dense(Case(500, 500, 256, 6, heads_k, batch=2, dtype=BF16, options=CAUSAL))
+    yield dense(Case(400, 400, 256, dtype=BF16, magnitude=8.0, options=CAUSAL))
+    for lengths in VARLEN_LENGTHS:
+        case = Case(0, 0, 256, 4, 2, dtype=BF16, options=CAUSAL)
+        yield f"varlen {lengths} {case}", lambda lq=lengths, case=case: check_varlen(lq, lq, case, tail=37)
+
+
+def wide_repeats() -> Iterator[Check]:
+    """Head dims above 128: the race detector, and dQ's sums in a fixed order."""
+    for head_dim, sq, causal, fixed in itertools.product((192, 256), (512, 1000, 4096), (False, True), (False, True)):
+        options = {"causal": causal, "deterministic": fixed}
+        case = Case(sq, sq, head_dim, 8, 4, batch=2, dtype=BF16, options=options)
+        yield f"20 runs {case}", lambda case=case: run_twice_the_same(case)
+    for (sq, sk), causal in itertools.product(((1, 1), (239, 1), (113, 211), (512, 4096), (4096, 512)), (False, True)):
+        options = {"causal": causal, "deterministic": True}
+        yield dense(Case(sq, sk, 256, 4, 2, batch=2, dtype=BF16, options=options))
+    for window in ((0, 0), (63, 64), (128, 0), (1000, 500)):
+        yield dense(Case(1500, 2100, 256, dtype=BF16, options={"window_size": window, "deterministic": True}))
+    for lengths in VARLEN_LENGTHS:
+        case = Case(0, 0, 256, 4, 2, dtype=BF16, options={**CAUSAL, "deterministic": True})
+        yield f"varlen {lengths} {case}", lambda lq=lengths, case=case: check_varlen(lq, lq, case, tail=37)
+
+
+def wide_variants() -> Iterator[Check]:
+    """As launch_variants, for head dims above 128."""
+    case = Case(700, 700, 256, 4, 2, batch=3, dtype=BF16, options=CAUSAL)
+    for tile in (
+        tuning.WideBackwardTile(2, 2, 32, 2, first_stores=True),
+        tuning.WideBackwardTile(2, 2, 32, 2, pdl=True),
+        tuning.WideBackwardTile(2, 2, 32, 2, first_stores=True, pdl=True),
+        tuning.WideBackwardTile(2, 2, 32, 2, lookahead=True),
+        tuning.WideBackwardTile(2, 2, 64, 1),
+        tuning.WideBackwardTile(2, 1, 64, 2),
+        tuning.WideBackwardTile(2, 1, 64, 3),
+        tuning.WideBackwardTile(2, 1, 32, 4),
+    ):
+        yield f"{tile}", lambda tile=tile: with_tile(tuning.BACKWARD, 256, tile, case)
 
 
 def varlen() -> Iterator[Check]:
@@ -268,6 +316,9 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "shapes": shapes,
     "windows": windows,
     "heads_and_widths": heads_and_widths,
+    "wide": wide,
+    "wide_repeats": wide_repeats,
+    "wide_variants": wide_variants,
     "varlen": varlen,
     "repeats": repeats,
     "deterministic": deterministic,

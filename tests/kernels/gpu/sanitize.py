@@ -38,6 +38,8 @@ def work() -> None:
         cu_q = torch.tensor([0, 0, 50, 77], dtype=torch.int32, device="cuda")
         cu_k = torch.tensor([0, 11, 60, 91], dtype=torch.int32, device="cuda")
         kernels.flash_attn_varlen_func(q[0], k[0], v[0], cu_q, cu_k, 50, 49, causal=True).sum().backward()
+        if head_dim > 128:  # flash1's limit
+            continue
         x = torch.randn(1, 77, 4, head_dim, dtype=torch.float16, device="cuda", requires_grad=True)
         if head_dim <= 128:
             kernels.flash1_attn_func(x, x, x, causal=True).sum().backward()

@@ -32,7 +32,7 @@ def test_head_dims(head_dim: int, causal: bool) -> None:
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_lengths(lengths: tuple[int, int], head_dim: int, mask: dict[str, Any]) -> None:
     check_dense(Case(*lengths, head_dim, 4, 2, batch=2, dtype=BF16, options=mask, grad_factor=3))
 
@@ -68,13 +68,14 @@ def test_features(head_dim: int, mask: dict[str, Any], feature: str, dtype: torc
 
 
 @pytest.mark.parametrize(
-    ("heads", "heads_k", "head_dim"), [(8, 8, 64), (8, 4, 64), (9, 3, 64), (8, 1, 128), (32, 1, 64)]
+    ("heads", "heads_k", "head_dim"),
+    [(8, 8, 64), (8, 4, 64), (9, 3, 64), (8, 1, 128), (32, 1, 64), (6, 2, 192), (8, 1, 256)],
 )
 def test_grouped_heads(heads: int, heads_k: int, head_dim: int) -> None:
     check_dense(Case(257, 390, head_dim, heads, heads_k, dtype=BF16, options={"causal": True}, grad_factor=3))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 127, 128, 129])
 def test_window_edges(window: int, head_dim: int) -> None:
     """Limits at, just below and just above the block sizes."""
@@ -93,7 +94,7 @@ def test_numbers_of_key_blocks(blocks: int, head_dim: int) -> None:
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize(
     ("head_dim", "mask"),
-    [(d, m) for d in (64, 128) for m in MASKS[:3]] + [(d, MASKS[1]) for d in (59, 96, 256)],
+    [(d, m) for d in (64, 128) for m in MASKS[:3]] + [(d, MASKS[1]) for d in (59, 96, 160, 256)],
     ids=str,
 )
 def test_varlen(head_dim: int, mask: dict[str, Any], everything: bool) -> None:
@@ -116,7 +117,7 @@ def test_fp32(head_dim: int) -> None:
     check_dense(Case(200, 230, head_dim, dtype=torch.float32, out_factor=4, grad_factor=4, options={"causal": True}))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_long(head_dim: int, causal: bool) -> None:
     """More blocks than a section or a wave: 4224 keys."""
