@@ -97,6 +97,7 @@ def backward_source(
         "FIRST_STORES": order != "free",
         "DETERMINISTIC": order == "deterministic",
         "PDL": tile.pdl and not varlen,
+        "NAMED": tile.named,
     }
     absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
         {} if order != "free" else {"turns": None}

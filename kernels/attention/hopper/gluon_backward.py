@@ -42,6 +42,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention.hopper.compat import (
     partition_barrier,
     pass_turn,
+    ring_barrier_arrive,
+    ring_barrier_sync,
     tma_load,
     tma_reduce_add,
     tma_store,
@@ -85,12 +87,39 @@ def first_keys(m0, Sq, Sk, wl, BN: gl.constexpr, LEFT: gl.constexpr):
         return 0
 
 
+Q_BARRIER = gl.constexpr(8)
+DO_BARRIER = gl.constexpr(11)
+DQ_BARRIER = gl.constexpr(14)
+"""Named barriers: one per stage of the Q and dO rings (3 at most), and "dQ is there"."""
+HANDOVER = gl.constexpr(288)
+"""Threads at one of them: 8 consumer warps and the producer's or the reducer's."""
+
+
+@gluon.jit
+def release(empty, stage, FIRST_BARRIER: gl.constexpr, NAMED: gl.constexpr):
+    """A consumer is done with a ring's stage. NAMED: nobody waits; an mbarrier's arrival waits for the other warps."""
+    if NAMED:
+        ring_barrier_arrive(FIRST_BARRIER + stage, HANDOVER)
+    else:
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def await_release(empty, step, STAGES: gl.constexpr, FIRST_BARRIER: gl.constexpr, NAMED: gl.constexpr):
+    """The producer's side of ``release``: the stage of ``step`` is free."""
+    if NAMED:
+        if step >= STAGES:
+            ring_barrier_sync(FIRST_BARRIER + step % STAGES, HANDOVER)
+    else:
+        mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+
+
 @gluon.jit
 def backward_producer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
-    PDL: gl.constexpr,
+    PDL: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """One warp: loads K and V once, then Q with LSE and dO with delta for each query block of each head of
     the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
@@ -122,12 +151,12 @@ def backward_producer(
             for i in range(lo, hi):
                 mb = visit(i, lo, hi, FIRST_STORES)
                 stage = step % STAGES
-                mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                await_release(q_empty, step, STAGES, Q_BARRIER, NAMED)
                 mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
                 load_tile(q_desc, q_full.index(stage), q_buf.index(stage), b, h, mb * BM, start_q, Sq, VARLEN)
                 tma_load(lse_desc, [row, column + mb * BM], q_full.index(stage), lse_buf.index(stage))
                 stage = step % DO_STAGES
-                mbarrier.wait(do_empty.index(stage), ((step // DO_STAGES) & 1) ^ 1)
+                await_release(do_empty, step, DO_STAGES, DO_BARRIER, NAMED)
                 mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
                 load_tile(do_desc, do_full.index(stage), do_buf.index(stage), b, h, mb * BM, start_q, Sq, VARLEN)
                 tma_load(delta_desc, [row, column + mb * BM], do_full.index(stage), delta_buf.index(stage))
@@ -138,7 +167,7 @@ def backward_producer(
 def backward_reducer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
     next.
@@ -164,7 +193,10 @@ def backward_reducer(
             for i in range(lo, hi):
                 mb = visit(i, lo, hi, FIRST_STORES)
                 tile = (row * padded + column + mb * BM) // BM
-                mbarrier.wait(dq_full.index(0), step & 1)
+                if NAMED:
+                    ring_barrier_sync(DQ_BARRIER, HANDOVER)
+                else:
+                    mbarrier.wait(dq_full.index(0), step & 1)
                 if FIRST_STORES:
                     rank = nb - first_keys(mb * BM, Sq, Sk, wl, BN, LEFT)
                     if rank == 0:
@@ -248,10 +280,19 @@ def in_register_order(dq, D: gl.constexpr):
 
 
 @gluon.jit
+def hand_over(dq, dq_buf, dq_full, dq_empty, step, D: gl.constexpr, NAMED: gl.constexpr):
+    """Puts the dQ of ``step`` where the reducer finds it, once the tile before it has been read."""
+    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
+    dq_buf.store(in_register_order(dq, D))
+    fence_async_shared()
+    release(dq_full, 0, DQ_BARRIER, NAMED)
+
+
+@gluon.jit
 def query_block(
     step, mb, dk, dv, bufs, bars, place, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, FIRST: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, FIRST: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Adds one query block to dK and dV and hands its dQ over; returns (dK, dV).
 
@@ -279,7 +320,7 @@ def query_block(
     s = warpgroup_mma(k, q.permute((1, 0)), zero_t, use_acc=False, is_async=True)
     if LOOKAHEAD and not FIRST:
         dk = warpgroup_mma_wait(1, deps=(dk,))
-        mbarrier.arrive(q_empty.index((step - 1) % STAGES), count=1)
+        release(q_empty, (step - 1) % STAGES, Q_BARRIER, NAMED)
     mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
     dp = warpgroup_mma(v, do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -299,17 +340,14 @@ def query_block(
     dq = warpgroup_mma(ds_buf, k, zero_q, use_acc=False, is_async=True)
     dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
     dv = warpgroup_mma_wait(2, deps=(dv_next,))
-    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    release(do_empty, do_stage, DO_BARRIER, NAMED)
     dq = warpgroup_mma_wait(1, deps=(dq,))
-    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
-    dq_buf.store(in_register_order(dq, D))
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index(0), count=1)
+    hand_over(dq, dq_buf, dq_full, dq_empty, step, D, NAMED)
     if LOOKAHEAD:
         return dk_next, dv
     else:
         dk = warpgroup_mma_wait(0, deps=(dk_next,))
-        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        release(q_empty, q_stage, Q_BARRIER, NAMED)
         return dk, dv
 
 
@@ -318,7 +356,7 @@ def backward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    FIRST_STORES: gl.constexpr,
+    FIRST_STORES: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
     dk_desc = descs[7]
@@ -353,37 +391,23 @@ def backward_consumer(
             if steps > 0:
                 mb = visit(lo, lo, hi, FIRST_STORES)
                 dk_next, dv = query_block(
-                    0, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True
-                )
+                    0, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True,
+                    NAMED,
+                )  # fmt: skip
                 for step in range(1, steps):
                     mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
                     dk_next, dv = query_block(
                         step, mb, dk_next, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
-                        True, False,
+                        True, False, NAMED,
                     )  # fmt: skip
                 dk = warpgroup_mma_wait(0, deps=(dk_next,))
         else:
             for step in range(steps):
                 mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
                 dk, dv = query_block(
-                    step,
-                    mb,
-                    dk,
-                    dv,
-                    bufs,
-                    bars,
-                    place,
-                    scale_log2,
-                    BM,
-                    BN,
-                    D,
-                    STAGES,
-                    DO_STAGES,
-                    LEFT,
-                    RIGHT,
-                    False,
-                    False,
-                )
+                    step, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, False,
+                    False, NAMED,
+                )  # fmt: skip
         # K and V are dead: their buffers stage dK and dV.
         v.store(dv.to(DTYPE))
         k.store((dk * scale).to(DTYPE))
@@ -412,7 +436,7 @@ def backward_kernel(
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr,
+    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -452,9 +476,9 @@ def backward_kernel(
     window = (wl, wr)
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES)),
+                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES, NAMED)),
         (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
-                             FIRST_STORES, PDL)),
+                             FIRST_STORES, PDL, NAMED)),
         (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, FIRST_STORES,
-                            DETERMINISTIC)),
+                            DETERMINISTIC, NAMED)),
     ], [1, 1], [24, 24])  # fmt: skip

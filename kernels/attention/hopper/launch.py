@@ -426,6 +426,7 @@ def _plan_main(
         "FIRST_STORES": turns is not None,
         "DETERMINISTIC": params.deterministic,
         "PDL": _overlaps(call),
+        "NAMED": tile.named,
     }
     return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True, launch_pdl=_overlaps(call))
 

@@ -42,7 +42,12 @@ class BackwardTile:
     """Programmatic dependent launch: each of the three kernels of a dense call may start before the one before it has
     ended."""
 
+    named: bool = False
+    """Consumers release stages and hand dQ over through named barriers, where nobody waits for the other warps."""
+
     def __post_init__(self) -> None:
+        if self.named and max(self.q_stages, self.do_stages) > 3:
+            raise ValueError(f"named barriers serve rings of 3, got {self.q_stages} and {self.do_stages} stages")
         if self.lookahead and self.q_stages < 2:
             raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
