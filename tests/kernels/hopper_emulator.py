@@ -120,6 +120,9 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
 
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return Shared(self.data.narrow(dim, int(start), int(length)))
+
     def load(self, _: Any) -> Tensor:
         return value(self.data.clone())
 
@@ -373,6 +376,8 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) >= int(rank), f"turn {int(rank)}"),
         "named_barrier_sync": lambda i, n: cta.named_barrier(i, n, True),
         "named_barrier_arrive": lambda i, n: cta.named_barrier(i, n, False),
+        "ring_barrier_sync": lambda i, n: cta.named_barrier(int(i), n, True),
+        "ring_barrier_arrive": lambda i, n: cta.named_barrier(int(i), n, False),
     }  # fmt: skip
 
 

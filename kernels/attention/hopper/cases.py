@@ -75,12 +75,12 @@ def backward_source(
     """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
-    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
-    rows, keys = (_tile([*ones, n, width], dtype) for n in (block_m, block_n))
+    block_m, block_n = tile.block_m, tuning.BLOCK_N_BACKWARD
+    rows, keys = (_tile([*ones, n, width], dtype) for n in (tuning.SCRATCH_TILE, block_n))
     plain = gl.NVMMASharedLayout(0, 32, 2)
-    statistics = _tile([1, block_m], "fp32", plain)
+    statistics = _tile([1, tuning.SCRATCH_TILE], "fp32", plain)
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
-    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": _tile([width // 4, 256], "fp32", plain)}
+    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": _tile([block_m * width // 256, 256], "fp32", plain)}
     types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
     types |= {"scale": "fp32"} | _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
     types |= _integers("num_heads_k", "group", "batch_heads_k")
@@ -98,6 +98,8 @@ def backward_source(
         "DETERMINISTIC": order == "deterministic",
         "PDL": tile.pdl and not varlen,
         "NAMED": tile.named,
+        "PAIRS": tile.pairs,
+        "KV_REGISTERS": tile.kv_registers,
     }
     absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
         {} if order != "free" else {"turns": None}
@@ -132,7 +134,7 @@ def compile_cases() -> list[CompileCase]:
             for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
                 make = _bind(backward_source, width, backward_tile, dtype, mask, varlen, order)
                 cases.append(CompileCase(name.replace("backward", f"backward_{order}"), make, 8))
-    common = {"D": 128, "HEAD_DIM": 128, "VARLEN": True, "PDL": False}
+    common = {"D": 128, "HEAD_DIM": 128, "BLOCK_M": 64, "VARLEN": True, "PDL": False}
     small: dict[str, tuple[Any, dict[str, Any], int]] = {
         "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),
         "preprocess": (backward_preprocess, {**common, "BLOCK": 64, "HAS_DLSE": True}, 8),

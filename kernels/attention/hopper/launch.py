@@ -325,15 +325,17 @@ def _overlaps(call: Call) -> bool:
 
 
 def _turns(call: Call, device: torch.device) -> Tensor:
-    """int32 [rows, padded / 64]: how many key blocks have added to each query block's sums."""
-    shape = (call.scratch_rows, call.padded // tuning.BLOCK_M_BACKWARD)
+    """int32 [rows, padded / 64]: how many key blocks have added to each query block's sums. A block of 128 queries
+    counts at its first half."""
+    shape = (call.scratch_rows, call.padded // tuning.SCRATCH_TILE)
     return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], width: int) -> tuple[TensorDescriptor, ...]:
     """Descriptors of the three, unswizzled: the tiles are read row by row."""
     plain = gl.NVMMASharedLayout(0, 32, 2)
-    blocks = ([1, tuning.BLOCK_M_BACKWARD], [1, tuning.BLOCK_M_BACKWARD], [width // 4, 256])
+    statistics = [1, tuning.SCRATCH_TILE]
+    blocks = (statistics, statistics, [tuning.BACKWARD[width].block_m * width // 256, 256])
     return tuple(
         TensorDescriptor(t, list(t.shape), list(t.stride()), block, plain)
         for t, block in zip(scratch, blocks, strict=True)
@@ -350,7 +352,7 @@ def _plan_preprocess(
     call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scratch: tuple[Tensor, Tensor, Tensor],
     turns: Tensor | None, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
-    block = 64
+    block = tuning.SCRATCH_TILE
     num_blocks = triton.cdiv(call.seqlen_q, PAD) * (PAD // block)  # padding rows too
     arguments = {
         "out": out,
@@ -373,6 +375,7 @@ def _plan_preprocess(
         "HEAD_DIM": call.head_dim,
         "D": call.width,
         "BLOCK": block,
+        "BLOCK_M": tuning.BACKWARD[call.width].block_m,
         "VARLEN": call.varlen,
         "HAS_DLSE": dlse is not None,
         "PDL": _overlaps(call),
@@ -385,15 +388,17 @@ def _plan_main(
     scratch: tuple[Tensor, Tensor, Tensor], turns: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
     tile = tuning.BACKWARD[call.width]
-    block_m, block_n = tuning.BLOCK_M_BACKWARD, tuning.BLOCK_N_BACKWARD
+    block_n = tuning.BLOCK_N_BACKWARD
+    if tile.pairs and call.width != 64:
+        raise ValueError(f"pairs of query blocks are for head dims up to 64, this one is {call.head_dim}")
     num_tiles = bound * call.num_heads_k
     group = call.num_heads // call.num_heads_k
     names = ("lse_desc", "delta_desc", "dq_desc")
     arguments = {
-        "q_desc": describe_tensor(q, block_m, call.width, call.varlen),
+        "q_desc": describe_tensor(q, tuning.SCRATCH_TILE, call.width, call.varlen),
         "k_desc": describe_tensor(k, block_n, call.width, call.varlen),
         "v_desc": describe_tensor(v, block_n, call.width, call.varlen),
-        "do_desc": describe_tensor(dout, block_m, call.width, call.varlen),
+        "do_desc": describe_tensor(dout, tuning.SCRATCH_TILE, call.width, call.varlen),
         **dict(zip(names, _describe_scratch(scratch, call.width), strict=True)),
         "dk_desc": describe_tensor(dk, block_n, call.width, call.varlen),
         "dv_desc": describe_tensor(dv, block_n, call.width, call.varlen),
@@ -414,7 +419,7 @@ def _plan_main(
         "batch_heads_k": call.batch * call.num_heads_k,
         "scale_log2": params.softmax_scale * LOG2E,
         "scale": params.softmax_scale,
-        "BM": block_m,
+        "BM": tile.block_m,
         "BN": block_n,
         "D": call.width,
         "STAGES": tile.q_stages,
@@ -427,6 +432,8 @@ def _plan_main(
         "DETERMINISTIC": params.deterministic,
         "PDL": _overlaps(call),
         "NAMED": tile.named,
+        "PAIRS": tile.pairs,
+        "KV_REGISTERS": tile.kv_registers,
     }
     return Launch(backward_kernel, num_tiles, arguments, num_warps=8, enable_fp_fusion=True, launch_pdl=_overlaps(call))
 
@@ -453,6 +460,7 @@ def _plan_postprocess(
         "scale": scale,
         "HEAD_DIM": call.head_dim,
         "D": call.width,
+        "BLOCK_M": tuning.BACKWARD[call.width].block_m,
         "VARLEN": call.varlen,
         "PDL": _overlaps(call),
     }

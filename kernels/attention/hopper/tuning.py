@@ -25,9 +25,13 @@ class ForwardTile:
     """Warpgroups take turns on the tensor cores."""
 
 
+SCRATCH_TILE = 64
+"""Queries of one tile of the backward's scratch memory and of one copy of Q or dO."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardTile:
-    """Launch configuration of the backward kernel (64 queries x 128 keys)."""
+    """Launch configuration of the backward kernel (64 queries x 128 keys, or 128 x 128)."""
 
     q_stages: int
     """Depth of the Q ring."""
@@ -45,14 +49,28 @@ class BackwardTile:
     named: bool = False
     """Consumers release stages and hand dQ over through named barriers, where nobody waits for the other warps."""
 
+    pairs: bool = False
+    """128 queries at a time, in two halves that run into each other: the warpgroups meet half as often, and one half's
+    products run during the other's softmax. D = 64 only, for want of registers."""
+    kv_registers: bool = False
+    """With ``pairs``: K and V are left operands from registers in S and dP, which takes reads off shared memory."""
+
+    @property
+    def block_m(self) -> int:
+        """Queries of one step."""
+        return 2 * SCRATCH_TILE if self.pairs else SCRATCH_TILE
+
     def __post_init__(self) -> None:
+        if self.kv_registers and not self.pairs:
+            raise ValueError("kv_registers is a variant of pairs")
+        if self.pairs and self.lookahead:
+            raise ValueError("pairs and lookahead exclude each other")
         if self.named and max(self.q_stages, self.do_stages) > 3:
             raise ValueError(f"named barriers serve rings of 3, got {self.q_stages} and {self.do_stages} stages")
         if self.lookahead and self.q_stages < 2:
             raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
 
-BLOCK_M_BACKWARD = 64
 BLOCK_N_BACKWARD = 128
 
 FORWARD: dict[int, ForwardTile] = {
