@@ -75,7 +75,7 @@ def backward_source(
     """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
-    block_m, block_n = tile.block_m, tuning.BLOCK_N_BACKWARD
+    block_m, block_n = tile.queries, tuning.BLOCK_N_BACKWARD
     rows, keys = (_tile([*ones, n, width], dtype) for n in (tuning.SCRATCH_TILE, block_n))
     plain = gl.NVMMASharedLayout(0, 32, 2)
     statistics = _tile([1, tuning.SCRATCH_TILE], "fp32", plain)

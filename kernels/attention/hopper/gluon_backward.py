@@ -410,7 +410,6 @@ def query_pair(
     ds_a = (p_a * (dp_a - gl.expand_dims(delta, 0))).to(DTYPE)
     dk = warpgroup_mma(gl.convert_layout(ds_a, AL), q_a, dk, is_async=True)
     dp_b = warpgroup_mma(v_left, do_b.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-    ds_buf.slice(0, 64, 0).permute((1, 0)).store(ds_a)
 
     p_b = probabilities(s_b, lse_buf.index(2 * q_stage + 1), mb * 128 + 64, place, scale_log2, BN, LEFT, RIGHT, TL)
     dv = warpgroup_mma(gl.convert_layout(p_b.to(DTYPE), AL), do_b, dv, is_async=True)
@@ -418,7 +417,9 @@ def query_pair(
     delta = delta_buf.index(2 * do_stage + 1).reshape((64,)).load(COL)
     ds_b = (p_b * (dp_b - gl.expand_dims(delta, 0))).to(DTYPE)
     dk = warpgroup_mma(gl.convert_layout(ds_b, AL), q_b, dk, is_async=True)
-    ds_buf.slice(64, 64, 0).permute((1, 0)).store(ds_b)
+    ds = gl.join(ds_a, ds_b).permute((0, 2, 1)).reshape((BN, 128))  # [BN, 64] twice -> [BN, 128]
+    PL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
+    ds_buf.permute((1, 0)).store(gl.convert_layout(ds, PL, assert_trivial=True))
     fence_async_shared()
     partition_barrier()  # both warpgroups' halves of dS are there
 

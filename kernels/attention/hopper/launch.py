@@ -219,7 +219,12 @@ def _plan_forward(
         "wr": params.window_right,
         "num_m": triton.cdiv(call.seqlen_q, tile.block_m),
         "num_tiles": num_tiles,
-        "section": tuning.section_heads(4 * call.seqlen_k * call.width // group, call.batch * call.num_heads, group),
+        "section": tuning.section_heads(
+            tuning.FORWARD_L2_BUDGET_BYTES,
+            4 * call.seqlen_k * call.width // group,
+            call.batch * call.num_heads,
+            group,
+        ),
         "Sq": call.seqlen_q,
         "Sk": call.seqlen_k,
         "num_heads": call.num_heads,
@@ -335,7 +340,7 @@ def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], width: int) -> tup
     """Descriptors of the three, unswizzled: the tiles are read row by row."""
     plain = gl.NVMMASharedLayout(0, 32, 2)
     statistics = [1, tuning.SCRATCH_TILE]
-    blocks = (statistics, statistics, [tuning.BACKWARD[width].block_m * width // 256, 256])
+    blocks = (statistics, statistics, [tuning.BACKWARD[width].queries * width // 256, 256])
     return tuple(
         TensorDescriptor(t, list(t.shape), list(t.stride()), block, plain)
         for t, block in zip(scratch, blocks, strict=True)
@@ -375,7 +380,7 @@ def _plan_preprocess(
         "HEAD_DIM": call.head_dim,
         "D": call.width,
         "BLOCK": block,
-        "BLOCK_M": tuning.BACKWARD[call.width].block_m,
+        "BLOCK_M": tuning.BACKWARD[call.width].queries,
         "VARLEN": call.varlen,
         "HAS_DLSE": dlse is not None,
         "PDL": _overlaps(call),
@@ -410,7 +415,9 @@ def _plan_main(
         "wr": params.window_right,
         "num_n": triton.cdiv(call.seqlen_k, block_n),
         "num_tiles": num_tiles,
-        "section": tuning.section_heads(8 * call.seqlen_q * call.width * group, call.batch * call.num_heads_k),
+        "section": tuning.section_heads(
+            tile.l2_budget_mib * 2**20, 8 * call.seqlen_q * call.width * group, call.batch * call.num_heads_k
+        ),
         "Sq": call.seqlen_q,
         "Sk": call.seqlen_k,
         "padded": call.padded,
@@ -419,7 +426,7 @@ def _plan_main(
         "batch_heads_k": call.batch * call.num_heads_k,
         "scale_log2": params.softmax_scale * LOG2E,
         "scale": params.softmax_scale,
-        "BM": tile.block_m,
+        "BM": tile.queries,
         "BN": block_n,
         "D": call.width,
         "STAGES": tile.q_stages,
@@ -460,7 +467,7 @@ def _plan_postprocess(
         "scale": scale,
         "HEAD_DIM": call.head_dim,
         "D": call.width,
-        "BLOCK_M": tuning.BACKWARD[call.width].block_m,
+        "BLOCK_M": tuning.BACKWARD[call.width].queries,
         "VARLEN": call.varlen,
         "PDL": _overlaps(call),
     }

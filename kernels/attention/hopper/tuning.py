@@ -55,8 +55,12 @@ class BackwardTile:
     kv_registers: bool = False
     """With ``pairs``: K and V are left operands from registers in S and dP, which takes reads off shared memory."""
 
+    l2_budget_mib: int = 32
+    """What Q, dO and dQ's sums of one section of heads may take of the 50 MB of L2 (H100), in MiB; 0: one group of heads
+    at a time."""
+
     @property
-    def block_m(self) -> int:
+    def queries(self) -> int:
         """Queries of one step."""
         return 2 * SCRATCH_TILE if self.pairs else SCRATCH_TILE
 
@@ -65,6 +69,8 @@ class BackwardTile:
             raise ValueError("kv_registers is a variant of pairs")
         if self.pairs and self.lookahead:
             raise ValueError("pairs and lookahead exclude each other")
+        if self.pairs and self.q_stages < 2:
+            raise ValueError(f"pairs keep two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
         if self.named and max(self.q_stages, self.do_stages) > 3:
             raise ValueError(f"named barriers serve rings of 3, got {self.q_stages} and {self.do_stages} stages")
         if self.lookahead and self.q_stages < 2:
@@ -87,8 +93,8 @@ BACKWARD: dict[int, BackwardTile] = {
 }
 """Padded head dim -> backward tile."""
 
-L2_BUDGET_BYTES = 32 * 2**20
-"""What the tensors of one section of heads may take of the 50 MB of L2 (H100)."""
+FORWARD_L2_BUDGET_BYTES = 32 * 2**20
+"""What K and V of one section of heads may take of the 50 MB of L2 (H100)."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -96,9 +102,9 @@ def padded_head_dim(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def section_heads(bytes_per_head: int, num_heads: int, multiple: int = 1) -> int:
+def section_heads(budget_bytes: int, bytes_per_head: int, num_heads: int, multiple: int = 1) -> int:
     """How many heads to walk through side by side, so that what they re-read stays in L2: a multiple of
     ``multiple``.
     """
-    groups = max(1, L2_BUDGET_BYTES // max(1, bytes_per_head * multiple))
+    groups = max(1, budget_bytes // max(1, bytes_per_head * multiple))
     return min(num_heads, groups * multiple)
