@@ -128,6 +128,7 @@ CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "named": {"named": True, "q_stages": 3, "do_stages": 3},
+    "ahead": {"named": True, "ahead": True, "q_stages": 3},
     "pairs": {"pairs": True, "named": True},
     "pairs, K and V in registers": {"pairs": True, "kv_registers": True, "named": False},
 }
@@ -136,7 +137,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for width, tile in tuning.BACKWARD.items():
-        if width == 64 or not VARIANTS[variant].get("pairs"):
+        if width == 64 or variant == "named":
             monkeypatch.setitem(tuning.BACKWARD, width, replace(tile, **VARIANTS[variant]))
 
 
@@ -223,8 +224,9 @@ def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, m
         return grads
 
     want = gradients()
-    for lookahead in (False, True) if stages[0] > 1 else (False,):
-        monkeypatch.setitem(tuning.BACKWARD, 64, tuning.BackwardTile(*stages, lookahead))
+    for variant in ("", "lookahead", "ahead") if stages[0] > 1 else ("",):
+        tile = tuning.BackwardTile(*stages, lookahead=variant == "lookahead", ahead=variant == "ahead")
+        monkeypatch.setitem(tuning.BACKWARD, 64, tile)
         for a, b in zip(gradients(), want, strict=True):
             assert torch.equal(a, b)
 
@@ -355,6 +357,7 @@ def test_waiting_for_a_cta_that_has_not_started_is_reported(emulated: None, monk
         ({"q_stages": 1, "lookahead": True}, "q_stages"),
         ({"q_stages": 1, "pairs": True}, "q_stages"),
         ({"pairs": True, "lookahead": True}, "exclude"),
+        ({"q_stages": 1, "ahead": True}, "q_stages"),
         ({"kv_registers": True}, "pairs"),
         ({"named": True, "do_stages": 4}, "named"),
     ],
@@ -364,8 +367,9 @@ def test_impossible_backward_tiles_are_refused(change: dict[str, Any], reason: s
         tuning.BackwardTile(**({"q_stages": 2, "do_stages": 2, "lookahead": False} | change))
 
 
-def test_pairs_at_head_dim_128_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.BACKWARD, 128, replace(tuning.BACKWARD[128], pairs=True))
+@pytest.mark.parametrize("field", ["pairs", "ahead"])
+def test_more_queries_at_head_dim_128_are_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tuning.BACKWARD, 128, replace(tuning.BACKWARD[128], **{field: True}))
     q, k, v, dout, params, extras = inputs(Case(((100, 100),), head_dim=128))
     with pytest.raises(ValueError, match="head dims up to 64"):
         launch._plan_backward(

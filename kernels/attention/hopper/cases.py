@@ -80,7 +80,11 @@ def backward_source(
     plain = gl.NVMMASharedLayout(0, 32, 2)
     statistics = _tile([1, tuning.SCRATCH_TILE], "fp32", plain)
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
-    types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": _tile([block_m * width // 256, 256], "fp32", plain)}
+    types |= {
+        "lse_desc": statistics,
+        "delta_desc": statistics,
+        "dq_desc": _tile([block_m * width // 256, 256], "fp32", plain),
+    }
     types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
     types |= {"scale": "fp32"} | _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
     types |= _integers("num_heads_k", "group", "batch_heads_k")
@@ -98,6 +102,7 @@ def backward_source(
         "DETERMINISTIC": order == "deterministic",
         "PDL": tile.pdl and not varlen,
         "NAMED": tile.named,
+        "AHEAD": tile.ahead,
         "PAIRS": tile.pairs,
         "KV_REGISTERS": tile.kv_registers,
     }

@@ -72,7 +72,8 @@ def backward_preprocess(
     HAS_DLSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums (or a zeroed turn, which says that there are
-    none yet), for BLOCK queries; also past a sequence's end, as far as its last block of BLOCK_M reaches. PDL: the main kernel may start beside this one.
+    none yet), for BLOCK queries; also past a sequence's end, as far as its last block of BLOCK_M queries reaches. PDL:
+    the main kernel may start beside this one.
 
     The derivative of LSE with respect to S is P, so its gradient enters dS = P ∘ (dP - delta) through delta.
     Rows that saw no key, and padding rows, get LSE = +inf: their P is 0.
@@ -129,7 +130,9 @@ def backward_postprocess(
         first = row.to(tl.int64) * padded + column + m0
         x = tl.load(sums + first * D + tl.arange(0, 64 * D)) * scale
         if turns is not None:
-            x = tl.where(tl.load(turns + first // BLOCK_M * (BLOCK_M // 64)) > 0, x, 0.0)  # the sums were never written: any bits
+            x = tl.where(
+                tl.load(turns + first // BLOCK_M * (BLOCK_M // 64)) > 0, x, 0.0
+            )  # the sums were never written: any bits
         x = tl.reshape(x, (D // 16, 2, 4, 8, 4, 2, 2))  # k, warpgroup, warp, lane row, lane column, r row, r column
         x = tl.reshape(tl.permute(x, (2, 5, 3, 1, 0, 4, 6)), (64, D))
         m = m0 + tl.arange(0, 64)

@@ -121,7 +121,7 @@ def backward_producer(
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
     PDL: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
-    """One warp: loads K and V once, then Q with LSE and dO with delta for each query block of each head of
+    """One warp: loads K and V once, then BM queries in tiles of 64: Q with LSE and dO with delta for each query block of each head of
     the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
     """
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
@@ -296,6 +296,69 @@ def hand_over(dq, dq_buf, dq_full, dq_empty, step, D: gl.constexpr, NAMED: gl.co
 
 
 @gluon.jit
+def scores(step, k_left, q_buf, q_full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr):
+    """Sᵀ [BN, 64] of the first 64 queries of a step, unfinished, once Q is there."""
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
+    mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
+    q = q_buf.index(HALVES * (step % STAGES)).reshape((64, D)).permute((1, 0))
+    return warpgroup_mma(k_left, q, gl.zeros((BN, 64), gl.float32, TL), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def probabilities(
+    s, lse, m0, place, scale_log2, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TL: gl.constexpr
+):
+    """Pᵀ [BN, 64] of the queries at ``m0`` from Sᵀ and a buffer of LSE."""
+    nb, Sq, Sk, begin, end, wl, wr = place
+    if (m0 < begin) | (m0 + 64 > end):
+        s = masked_scores(s, m0 - nb * BN + Sk - Sq, Sk - nb * BN, wl, wr, 64, BN, LEFT, RIGHT, TL)
+    return gl.exp2(s * scale_log2 - gl.expand_dims(lse.reshape((64,)).load(gl.SliceLayout(0, TL)), 0))
+
+
+@gluon.jit
+def query_block_ahead(
+    step, last, mb, s, dk, dv, bufs, bars, place, scale_log2,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, NAMED: gl.constexpr,
+):  # fmt: skip
+    """As ``query_block``, but takes S and returns the next block's, both finished: it runs while dQ is handed over. The
+    last block issues its own S again, for nobody: under a branch it would serialise the products."""
+    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
+    q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
+    DTYPE: gl.constexpr = k_buf.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
+    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
+    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
+    COL: gl.constexpr = gl.SliceLayout(0, TL)
+    k = k_buf.reshape((BN, D))
+    q_stage = step % STAGES
+    do_stage = step % DO_STAGES
+    q = q_buf.index(q_stage).reshape((64, D))
+    do = do_buf.index(do_stage).reshape((64, D))
+    zero_t = gl.zeros((BN, 64), gl.float32, TL)
+    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
+    dp = warpgroup_mma(v_buf.reshape((BN, D)), do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+    p = probabilities(s, lse_buf.index(q_stage), mb * 64, place, scale_log2, BN, LEFT, RIGHT, TL)
+    dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), AL), do, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    delta = delta_buf.index(do_stage).reshape((64,)).load(COL)
+    ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+    ds_buf.permute((1, 0)).store(ds)
+    fence_async_shared()
+    partition_barrier()  # both warpgroups' halves of dS are there
+    dq = warpgroup_mma(ds_buf, k, gl.zeros((64, D), gl.float32, QL), use_acc=False, is_async=True)
+    dk = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
+    s_next = scores(gl.minimum(step + 1, last), k, q_buf, q_full, BN, D, STAGES, 1)
+    dv, dq = warpgroup_mma_wait(2, deps=(dv, dq))
+    release(do_empty, do_stage, DO_BARRIER, NAMED)
+    hand_over(dq, dq_buf, dq_full, dq_empty, step, D, NAMED)
+    dk, s_next = warpgroup_mma_wait(0, deps=(dk, s_next))
+    release(q_empty, q_stage, Q_BARRIER, NAMED)
+    return s_next, dk, dv
+
+
+@gluon.jit
 def query_block(
     step, mb, dk, dv, bufs, bars, place, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
@@ -359,17 +422,6 @@ def query_block(
 
 
 @gluon.jit
-def probabilities(
-    s, lse, m0, place, scale_log2, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TL: gl.constexpr
-):
-    """Pᵀ [BN, 64] of the queries at ``m0`` from Sᵀ and a buffer of LSE."""
-    nb, Sq, Sk, begin, end, wl, wr = place
-    if (m0 < begin) | (m0 + 64 > end):
-        s = masked_scores(s, m0 - nb * BN + Sk - Sq, Sk - nb * BN, wl, wr, 64, BN, LEFT, RIGHT, TL)
-    return gl.exp2(s * scale_log2 - gl.expand_dims(lse.reshape((64,)).load(gl.SliceLayout(0, TL)), 0))
-
-
-@gluon.jit
 def query_pair(
     step, last, mb, s_a, dk, dv, kv, bufs, bars, place, scale_log2,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
@@ -425,33 +477,25 @@ def query_pair(
 
     zero_q = gl.zeros((128, D), gl.float32, KL)
     dq = warpgroup_mma(ds_buf, k_buf.reshape((BN, D)), zero_q, use_acc=False, is_async=True)
-    s_next = first_scores(gl.minimum(step + 1, last), k_left, q_buf, q_full, BN, D, STAGES)
+    s_next = scores(gl.minimum(step + 1, last), k_left, q_buf, q_full, BN, D, STAGES, 2)
     dk, dv, dq = warpgroup_mma_wait(1, deps=(dk, dv, dq))
     release(do_empty, do_stage, DO_BARRIER, NAMED)
+    release(q_empty, q_stage, Q_BARRIER, NAMED)
     mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
     bits = dq.reshape((2, 4, 2, 8, 2, D // 16, 4, 2))  # as in in_register_order, but a warpgroup has all columns
     dq_buf.store(bits.permute((0, 5, 4, 1, 3, 6, 2, 7)).reshape((D // 2, 256)))
     fence_async_shared()
     release(dq_full, 0, DQ_BARRIER, NAMED)
     s_next = warpgroup_mma_wait(0, deps=(s_next,))
-    release(q_empty, q_stage, Q_BARRIER, NAMED)
     return s_next, dk, dv
-
-
-@gluon.jit
-def first_scores(step, k_left, q_buf, q_full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """Sᵀ [BN, 64] of the first half of a pair, unfinished."""
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
-    mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
-    q = q_buf.index(2 * (step % STAGES)).reshape((64, D)).permute((1, 0))
-    return warpgroup_mma(k_left, q, gl.zeros((BN, 64), gl.float32, TL), use_acc=False, is_async=True)
 
 
 @gluon.jit
 def query_pairs(
     dk, dv, lo, hi, steps, bufs, bars, place, scale_log2,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr, NAMED: gl.constexpr, KV_REGISTERS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr, NAMED: gl.constexpr,
+    KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of ``steps`` > 0 blocks of 128 queries."""
     q_buf, k_buf, v_buf, do_buf, _, _, ds_buf, dq_buf = bufs
@@ -464,7 +508,7 @@ def query_pairs(
         v_left = v_left.load(LEFT_OPERAND)
     kv = (k_left, v_left)
     blocks = hi - lo
-    s = warpgroup_mma_wait(0, deps=(first_scores(0, k_left, q_buf, q_full, BN, D, STAGES),))
+    s = warpgroup_mma_wait(0, deps=(scores(0, k_left, q_buf, q_full, BN, D, STAGES, 2),))
     for step in range(steps):
         mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
         s, dk, dv = query_pair(
@@ -479,7 +523,8 @@ def backward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    FIRST_STORES: gl.constexpr, NAMED: gl.constexpr, PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
+    FIRST_STORES: gl.constexpr, NAMED: gl.constexpr, AHEAD: gl.constexpr, PAIRS: gl.constexpr,
+    KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
     dk_desc = descs[7]
@@ -516,6 +561,15 @@ def backward_consumer(
                     dk, dv, lo, hi, steps, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
                     FIRST_STORES, NAMED, KV_REGISTERS,
                 )  # fmt: skip
+        elif AHEAD:
+            if steps > 0:
+                s = warpgroup_mma_wait(0, deps=(scores(0, k, bufs[0], bars[0], BN, D, STAGES, 1),))
+                for step in range(steps):
+                    mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
+                    s, dk, dv = query_block_ahead(
+                        step, steps - 1, mb, s, dk, dv, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT,
+                        RIGHT, NAMED,
+                    )  # fmt: skip
         elif LOOKAHEAD:
             if steps > 0:
                 mb = visit(lo, lo, hi, FIRST_STORES)
@@ -554,20 +608,20 @@ def backward_consumer(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc,  # tiles of BM (q, do) or BN (k, v) rows, [1, 1, rows, D] or [1, 1, 1, rows, D]
-    lse_desc, delta_desc,  # fp32 [rows, padded queries], tiles [1, BM]; LSE in log2 units, +inf where a row is dead
-    dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [D / 4, 256] of 64 queries; zeroed, or FIRST_STORES
+    q_desc, k_desc, v_desc, do_desc,  # tiles of 64 (q, do) or BN (k, v) rows, [1, 1, rows, D] or [1, 1, 1, rows, D]
+    lse_desc, delta_desc,  # fp32 [rows, padded queries], tiles [1, 64]; LSE in log2 units, +inf where a row is dead
+    dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [BM * D / 256, 256]; zeroed, or FIRST_STORES
     dk_desc, dv_desc,  # like k
     sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
     cu_q, cu_k,  # int32 [B + 1]; varlen only
-    turns,  # int32 [rows * padded queries / BM], zero on entry; FIRST_STORES only
+    turns,  # int32 [rows * padded queries / 64], zero on entry; FIRST_STORES only
     wl, wr,  # window, used where LEFT, RIGHT
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
     FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr, NAMED: gl.constexpr,
-    PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
+    AHEAD: gl.constexpr, PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -608,7 +662,7 @@ def backward_kernel(
     window = (wl, wr)
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES, NAMED, PAIRS, KV_REGISTERS)),
+                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES, NAMED, AHEAD, PAIRS, KV_REGISTERS)),
         (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
                              FIRST_STORES, PDL, NAMED)),
         (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, FIRST_STORES,

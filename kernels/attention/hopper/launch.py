@@ -394,8 +394,8 @@ def _plan_main(
 ) -> Launch:  # fmt: skip
     tile = tuning.BACKWARD[call.width]
     block_n = tuning.BLOCK_N_BACKWARD
-    if tile.pairs and call.width != 64:
-        raise ValueError(f"pairs of query blocks are for head dims up to 64, this one is {call.head_dim}")
+    if (tile.pairs or tile.ahead) and call.width != 64:
+        raise ValueError(f"pairs and ahead are for head dims up to 64 (registers), this one is {call.head_dim}")
     num_tiles = bound * call.num_heads_k
     group = call.num_heads // call.num_heads_k
     names = ("lse_desc", "delta_desc", "dq_desc")
@@ -439,6 +439,7 @@ def _plan_main(
         "DETERMINISTIC": params.deterministic,
         "PDL": _overlaps(call),
         "NAMED": tile.named,
+        "AHEAD": tile.ahead,
         "PAIRS": tile.pairs,
         "KV_REGISTERS": tile.kv_registers,
     }

@@ -49,15 +49,16 @@ class BackwardTile:
     named: bool = False
     """Consumers release stages and hand dQ over through named barriers, where nobody waits for the other warps."""
 
+    ahead: bool = False
+    """S of the next block runs while dQ of this one is handed over. D = 64 only, for want of registers."""
     pairs: bool = False
     """128 queries at a time, in two halves that run into each other: the warpgroups meet half as often, and one half's
     products run during the other's softmax. D = 64 only, for want of registers."""
     kv_registers: bool = False
     """With ``pairs``: K and V are left operands from registers in S and dP, which takes reads off shared memory."""
-
     l2_budget_mib: int = 32
-    """What Q, dO and dQ's sums of one section of heads may take of the 50 MB of L2 (H100), in MiB; 0: one group of heads
-    at a time."""
+    """What Q, dO and dQ's sums of one section of heads may take of the 50 MB of L2 (H100), in MiB; 0: one KV
+    head at a time."""
 
     @property
     def queries(self) -> int:
@@ -67,10 +68,10 @@ class BackwardTile:
     def __post_init__(self) -> None:
         if self.kv_registers and not self.pairs:
             raise ValueError("kv_registers is a variant of pairs")
-        if self.pairs and self.lookahead:
-            raise ValueError("pairs and lookahead exclude each other")
-        if self.pairs and self.q_stages < 2:
-            raise ValueError(f"pairs keep two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
+        if self.pairs + self.lookahead + self.ahead > 1:
+            raise ValueError("pairs, lookahead and ahead exclude each other")
+        if (self.pairs or self.ahead) and self.q_stages < 2:
+            raise ValueError(f"pairs and ahead keep two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
         if self.named and max(self.q_stages, self.do_stages) > 3:
             raise ValueError(f"named barriers serve rings of 3, got {self.q_stages} and {self.do_stages} stages")
         if self.lookahead and self.q_stages < 2:
