@@ -121,8 +121,8 @@ def backward_producer(
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
     PDL: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
-    """One warp: loads K and V once, then BM queries in tiles of 64: Q with LSE and dO with delta for each query block of each head of
-    the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
+    """One warp: loads K and V once, then Q with LSE and dO with delta, in tiles of 64 queries, for each query block of
+    each head of the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
     """
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
     q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _ = bufs
