@@ -423,6 +423,23 @@ def test_a_broken_protocol_is_reported(emulated: None, monkeypatch: pytest.Monke
         hopper.forward(q, k, v, params, extras, {})
 
 
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_wait_for_too_few_products_is_seen(variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_variant(variant, monkeypatch)
+    q, k, v, dout, params, extras = inputs(Case(((130, 130),), right=0))
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+    wait = hopper_emulator.Products.wait
+    monkeypatch.setattr(hopper_emulator.Products, "wait", lambda self, n, deps: wait(self, n + 1, deps))
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    try:
+        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
+    except RuntimeError as error:
+        assert "overwritten while a product read it" in str(error)  # noqa: PT017 - one of two ways to be seen
+    else:
+        assert all(bool(grad.isnan().any()) for grad in grads)
+
+
 PROBLEM = Problem(
     direction="forward", dtype=torch.bfloat16, batch=2, seqlen_q=512, seqlen_k=512, num_heads=8, num_heads_k=2,
     head_dim=128, params=AttnParams(0.1, 512, 512, True, -1, 0), capability=(9, 0),
