@@ -5,9 +5,9 @@ every partition of a CTA is a thread, shared memory is a tensor, mbarriers have 
 outstanding bytes, named barriers count threads, CTAs start in order and as many run at a time as
 `resident` says, and the copy engine computes addresses modulo 2^64 and cuts
 at each dimension's bound. So what the tests see is the real tile ranges, masks, barrier protocol and
-descriptors; a protocol that hangs on hardware hangs here, and is reported. Not modelled: layouts, the
-asynchrony of products, and races between partitions that a barrier should have ordered but that Python
-threads do not hit.
+descriptors; a protocol that hangs on hardware hangs here, and is reported. An asynchronous product is NaN until a
+wait covers it, and its shared operands must not have changed by then. Not modelled: layouts, the two warpgroups of
+one partition, and races between partitions that a barrier should have ordered but that Python threads do not hit.
 """
 
 from __future__ import annotations
@@ -277,15 +277,34 @@ def _atomic_add(pointer: Pointer, x: int) -> Int:
     return old
 
 
-def _mma(a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
-    left = a.data if isinstance(a, Shared) else a
-    product = left.as_subclass(Tensor).float() @ b.data.float()
-    assert product.shape == acc.shape
-    return value(acc + product if use_acc else product)
+class Products:
+    """The tensor cores as one partition sees them: products complete in order, and when they are waited for."""
 
+    def __init__(self) -> None:
+        self.queue: list[tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]] = []
 
-def _mma_wait(_: int, deps: tuple[Any, ...]) -> Any:
-    return deps[0] if len(deps) == 1 else deps
+    def mma(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Tensor:
+        left = a.data if isinstance(a, Shared) else a
+        product = left.as_subclass(Tensor).float() @ b.data.float()
+        assert product.shape == acc.shape
+        if use_acc:
+            product = getattr(acc, "unwaited", acc).as_subclass(Tensor) + product
+        if not is_async:
+            return value(product)
+        result: Any = value(torch.full_like(product, float("nan")))
+        result.unwaited = product  # what another product may add to at once
+        reads = [(x.data, x.data.clone()) for x in (a, b) if isinstance(x, Shared)]
+        self.queue.append((result, product, reads))
+        return result
+
+    def wait(self, in_flight: int, deps: tuple[Any, ...]) -> Any:
+        while len(self.queue) > in_flight:
+            result, product, reads = self.queue.pop(0)
+            for data, before in reads:
+                if not torch.equal(data.contiguous().view(torch.int16), before.contiguous().view(torch.int16)):
+                    raise RuntimeError("an operand was overwritten while a product read it")
+            result.copy_(product)
+        return deps[0] if len(deps) == 1 else deps
 
 
 def _pack(args: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -341,6 +360,11 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         assert text.startswith("cvt.rn."), text
         return _pack(args, torch.bfloat16 if "bf16x2" in text else torch.float16)
 
+    def products() -> Products:
+        if not hasattr(cta.local, "products"):
+            cta.local.products = Products()
+        return cta.local.products
+
     gl = SimpleNamespace(
         bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32,
         int16=torch.int16, int32=torch.int32, int64=torch.int64, constexpr=None,
@@ -370,12 +394,15 @@ def _namespace(cta: Cta) -> dict[str, Any]:
     return {
         "gl": gl, "mbarrier": mbarrier, "tma": SimpleNamespace(store_wait=lambda _: None), "range": _device_range,
         "tma_load": tma_load, "tma_store": tma_store, "tma_reduce_add": tma_reduce_add,
-        "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait, "fence_async_shared": lambda: None,
+        "warpgroup_mma": lambda *args, **kwargs: products().mma(*args, **kwargs),
+        "warpgroup_mma_wait": lambda n, deps: products().wait(n, deps), "fence_async_shared": lambda: None,
         "partition_barrier": lambda: None,
         "pass_turn": pass_turn, "wait_previous_kernel": lambda: None, "opaque_zero": lambda: Int(0),
         "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) >= int(rank), f"turn {int(rank)}"),
         "named_barrier_sync": lambda i, n: cta.named_barrier(i, n, True),
         "named_barrier_arrive": lambda i, n: cta.named_barrier(i, n, False),
+        "ring_barrier_sync": lambda i, n: cta.named_barrier(int(i), n, True),
+        "ring_barrier_arrive": lambda i, n: cta.named_barrier(int(i), n, False),
     }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """The choice of a path and of tiles: pure functions of the problem."""
 
+import functools
+
 import pytest
 import torch
 
@@ -110,12 +112,13 @@ def test_sections() -> None:
 
 def test_sections_on_hopper() -> None:
     """As many heads as the SMs hold, in groups that share keys, if their tensors fit in L2."""
-    assert tuning.section_heads(2**18, 512, 4, 132) == 33
-    assert tuning.section_heads(2**23, 16, 128, 132) == 2
-    assert tuning.section_heads(2**25, 16, 256, 132) == 1
-    assert tuning.section_heads(2**30, 16, 1, 132) == 1
-    assert tuning.section_heads(2**16, 96, 4, 132, multiple=8) == 40
-    assert tuning.section_heads(2**16, 6, 4, 132, multiple=6) == 6
+    sections = functools.partial(tuning.section_heads, 2**25)
+    assert sections(2**18, 512, 4, 132) == 33
+    assert sections(2**23, 16, 128, 132) == 2
+    assert sections(2**25, 16, 256, 132) == 1
+    assert sections(2**30, 16, 1, 132) == 1
+    assert sections(2**16, 96, 4, 132, multiple=8) == 40
+    assert sections(2**16, 6, 4, 132, multiple=6) == 6
 
 
 def test_forced_path_reaches_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,34 @@ WINDOWS = [(0, 0), (1, 0), (62, -1), (-1, 62), (63, 63), (64, 64), (126, 126), (
 CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "named": {"named": True, "q_stages": 3, "do_stages": 3},
+    "ahead": {"named": True, "ahead": True, "q_stages": 3},
+    "pairs": {"pairs": True, "named": True},
+    "pairs, K and V in registers": {"pairs": True, "kv_registers": True, "named": False},
+}
+"""Backward tiles that are not shipped."""
+
+
+def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for width, tile in tuning.BACKWARD.items():
+        if width == 64 or (width == 128 and variant == "named"):
+            monkeypatch.setitem(tuning.BACKWARD, width, replace(tile, **VARIANTS[variant]))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward_variants_match_the_formula(
+    case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_variant(variant, monkeypatch)
+    # Scratch that nobody wrote must not matter: a pair's second half may lie past the last query.
+    scratch = launch._scratch
+    monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
+    test_emulated_kernels_match_the_formula(case, emulated)
+
+
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
@@ -209,8 +237,9 @@ def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, m
         return grads
 
     want = gradients()
-    for lookahead in (False, True) if stages[0] > 1 else (False,):
-        monkeypatch.setitem(tuning.BACKWARD, 64, tuning.BackwardTile(*stages, lookahead))
+    for variant in ("", "lookahead", "ahead") if stages[0] > 1 else ("",):
+        tile = tuning.BackwardTile(*stages, lookahead=variant == "lookahead", ahead=variant == "ahead")
+        monkeypatch.setitem(tuning.BACKWARD, 64, tile)
         for a, b in zip(gradients(), want, strict=True):
             assert torch.equal(a, b)
 
@@ -247,6 +276,25 @@ def fixed_order_case(case: Case) -> Callable[[], tuple[Tensor, ...]]:
         return tuple(grads)
 
     return gradients
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("stages", [(2, 1), (2, 2), (3, 1), (2, 3)])
+@pytest.mark.parametrize("named", [False, True])
+def test_rings_of_query_pairs(
+    stages: tuple[int, int], named: bool, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dK and dV to the bit as with 64 queries at a time, and a hang is reported if a ring is too short."""
+    case = Case(((500, 140),), heads=6, heads_k=2, right=0)
+    q, k, v, dout, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+    grads = [[torch.empty_like(t) for t in (q, k, v)] for _ in range(2)]
+    hopper.backward(dout, q, k, v, out, lse, None, *grads[0], params, extras, {})
+    tile = tuning.BackwardTile(*stages, lookahead=False, named=named, pairs=True)
+    monkeypatch.setitem(tuning.BACKWARD, 64, tile)
+    hopper.backward(dout, q, k, v, out, lse, None, *grads[1], params, extras, {})
+    torch.testing.assert_close(grads[1][0], grads[0][0], atol=0.02, rtol=0.02)
+    assert all(torch.equal(a, b) for a, b in zip(grads[1][1:], grads[0][1:], strict=True))
 
 
 FIXED_ORDER = [
@@ -290,6 +338,18 @@ def test_deterministic_sums_in_ascending_order(case: Case, emulated: None, monke
 
 
 @NEEDS_INTERPRETER
+@pytest.mark.parametrize("variant", ["named", "pairs"])
+@pytest.mark.parametrize("case", FIXED_ORDER, ids=str)
+def test_fixed_order_of_backward_variants(
+    case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_variant(variant, monkeypatch)
+    test_first_key_block_stores(case, emulated, monkeypatch)
+    monkeypatch.setattr(hopper_emulator, "resident", 1)
+    test_deterministic_sums_in_ascending_order(case, emulated, monkeypatch)
+
+
+@NEEDS_INTERPRETER
 @pytest.mark.parametrize("case", FIXED_ORDER, ids=str)
 def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that were never zeroed: the first key block comes before the others, and nobody looks at what none wrote."""
@@ -329,16 +389,37 @@ def test_waiting_for_a_cta_that_has_not_started_is_reported(emulated: None, monk
         fixed_order_case(Case(((64, 300),), heads=1))()
 
 
-def test_lookahead_with_one_stage_is_refused() -> None:
-    with pytest.raises(ValueError, match="q_stages"):
-        tuning.BackwardTile(1, 2, lookahead=True)
+def test_impossible_wide_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match="q_stages"):
         tuning.WideBackwardTile(1, 2, 32, 2, lookahead=True)
-
-
-def test_pieces_of_dq_that_the_kernel_cannot_make_are_refused() -> None:
     with pytest.raises(ValueError, match="dq_columns"):
         tuning.WideBackwardTile(2, 2, 128, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"q_stages": 1, "lookahead": True}, "q_stages"),
+        ({"q_stages": 1, "pairs": True}, "q_stages"),
+        ({"pairs": True, "lookahead": True}, "exclude"),
+        ({"q_stages": 1, "ahead": True}, "q_stages"),
+        ({"kv_registers": True}, "pairs"),
+        ({"named": True, "do_stages": 4}, "named"),
+    ],
+)
+def test_impossible_backward_tiles_are_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        tuning.BackwardTile(**({"q_stages": 2, "do_stages": 2, "lookahead": False} | change))
+
+
+@pytest.mark.parametrize("field", ["pairs", "ahead"])
+def test_more_queries_at_head_dim_128_are_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tuning.BACKWARD, 128, replace(tuning.BACKWARD[128], **{field: True}))
+    q, k, v, dout, params, extras = inputs(Case(((100, 100),), head_dim=128))
+    with pytest.raises(ValueError, match="head dims up to 64"):
+        launch._plan_backward(
+            dout, q, k, v, q, torch.empty(1, 2, 100), None, q, torch.empty_like(k), torch.empty_like(v), params, extras
+        )
 
 
 @NEEDS_INTERPRETER
@@ -385,6 +466,23 @@ def test_a_broken_protocol_is_reported(emulated: None, monkeypatch: pytest.Monke
     q, k, v, _, params, extras = inputs(case)
     with pytest.raises(TimeoutError, match="hang"):
         hopper.forward(q, k, v, params, extras, {})
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_wait_for_too_few_products_is_seen(variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_variant(variant, monkeypatch)
+    q, k, v, dout, params, extras = inputs(Case(((130, 130),), right=0))
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+    wait = hopper_emulator.Products.wait
+    monkeypatch.setattr(hopper_emulator.Products, "wait", lambda self, n, deps: wait(self, n + 1, deps))
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    try:
+        hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
+    except RuntimeError as error:
+        assert "overwritten while a product read it" in str(error)  # noqa: PT017 - one of two ways to be seen
+    else:
+        assert all(bool(grad.isnan().any()) for grad in grads)
 
 
 PROBLEM = Problem(

@@ -81,12 +81,12 @@ def backward_source(
     """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
-    block_m, block_n = tuning.BLOCK_M_BACKWARD, tile.block_n
-    rows, keys = (_tile([*ones, n, width], dtype) for n in (block_m, block_n))
+    block_m, block_n = tile.queries, tile.block_n
+    rows, keys = (_tile([*ones, n, width], dtype) for n in (tuning.SCRATCH_TILE, block_n))
     plain = gl.NVMMASharedLayout(0, 32, 2)
-    statistics = _tile([1, block_m], "fp32", plain)
+    statistics = _tile([1, tuning.SCRATCH_TILE], "fp32", plain)
     types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
-    sums = _tile([tile.columns_at_a_time(width) // 4, 256], "fp32", plain)
+    sums = _tile([tile.sum_rows(width), 256], "fp32", plain)
     types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": sums}
     types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
     types |= {"scale": "fp32"} | _integers("wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded")
@@ -145,7 +145,7 @@ def compile_cases() -> list[CompileCase]:
     }
     for width, suffix in ((128, ""), (256, "[d256]")):
         main = tuning.BACKWARD[width]
-        common = {"D": width, "HEAD_DIM": width, "VARLEN": True, "PDL": False}
+        common = {"D": width, "HEAD_DIM": width, "BLOCK_M": main.queries, "VARLEN": True, "PDL": False}
         before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": main.column_warpgroups}
         small[f"preprocess{suffix}"] = (backward_preprocess, common | before, main.preprocess_warps)
         small[f"postprocess{suffix}"] = (backward_postprocess, common | after, main.postprocess_warps)

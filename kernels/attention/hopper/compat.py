@@ -47,6 +47,22 @@ def named_barrier_arrive(ID: gl.constexpr, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def ring_barrier_sync(number, THREADS: gl.constexpr):
+    """``named_barrier_sync`` of a barrier whose number is known only on the device, 8 to 15."""
+    gl.inline_asm_elementwise(
+        f"bar.sync $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def ring_barrier_arrive(number, THREADS: gl.constexpr):
+    """``named_barrier_arrive`` at a barrier whose number is known only on the device, 8 to 15."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def wait_previous_kernel():
     """Wait until the kernel before this one in the stream has ended and its writes can be seen. Returns at once unless
     this kernel was launched with ``launch_pdl``."""

@@ -68,11 +68,12 @@ def backward_preprocess(
     cu_q,  # int32 [B + 1]; varlen only
     stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh, stride_lb, stride_lh, stride_gb, stride_gh,
     seqlen_q, padded, num_heads, num_blocks,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr, HAS_DLSE: tl.constexpr,
-    PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_DLSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums (or a zeroed turn, which says that there are
-    none yet), for BLOCK queries. PDL: the main kernel may start beside this one.
+    none yet), for BLOCK queries; also past a sequence's end, as far as its last block of BLOCK_M queries reaches. PDL:
+    the main kernel may start beside this one.
 
     The derivative of LSE with respect to S is P, so its gradient enters dS = P ∘ (dP - delta) through delta.
     Rows that saw no key, and padding rows, get LSE = +inf: their P is 0.
@@ -83,7 +84,7 @@ def backward_preprocess(
     bh = pid // num_blocks
     m0 = (pid % num_blocks) * BLOCK
     b, h, start, length, row, column = _locate(bh, num_heads, cu_q, seqlen_q, VARLEN)
-    if m0 < length:
+    if m0 // BLOCK_M * BLOCK_M < length:
         m = m0 + tl.arange(0, BLOCK)
         valid = m < length
         b64 = b.to(tl.int64)
@@ -121,7 +122,8 @@ def backward_postprocess(
     stride_qb, stride_qs, stride_qh,
     seqlen_q, padded, num_heads, num_blocks,
     scale,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, COLUMN_WARPGROUPS: tl.constexpr, VARLEN: tl.constexpr, PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, COLUMN_WARPGROUPS: tl.constexpr,
+    VARLEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * sums, out of register order, for 64 queries; 0 where no key block has had its turn.
     COLUMN_WARPGROUPS of the main kernel share out dQ's columns."""
@@ -135,7 +137,8 @@ def backward_postprocess(
         first = row.to(tl.int64) * padded + column + m0
         x = tl.load(sums + first * D + tl.arange(0, 64 * D)) * scale
         if turns is not None:
-            x = tl.where(tl.load(turns + first // 64) > 0, x, 0.0)  # the sums were never written: any bits
+            turn = tl.load(turns + first // BLOCK_M * (BLOCK_M // 64))
+            x = tl.where(turn > 0, x, 0.0)  # the sums were never written: any bits
         W: tl.constexpr = COLUMN_WARPGROUPS
         x = tl.reshape(x, (D // 8 // W, W, 4, 8, 4, 2, 2))  # k, warpgroup, warp, lane row, lane column, r row, r column
         x = tl.reshape(tl.permute(x, (2, 5, 3, 1, 0, 4, 6)), (64, D))

@@ -42,6 +42,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention.hopper.compat import (
     partition_barrier,
     pass_turn,
+    ring_barrier_arrive,
+    ring_barrier_sync,
     tma_load,
     tma_reduce_add,
     tma_store,
@@ -85,15 +87,42 @@ def first_keys(m0, Sq, Sk, wl, BN: gl.constexpr, LEFT: gl.constexpr):
         return 0
 
 
+Q_BARRIER = gl.constexpr(8)
+DO_BARRIER = gl.constexpr(11)
+DQ_BARRIER = gl.constexpr(14)
+"""Named barriers: one per stage of the Q and dO rings (3 at most), and "dQ is there"."""
+HANDOVER = gl.constexpr(288)
+"""Threads at one of them: 8 consumer warps and the producer's or the reducer's."""
+
+
+@gluon.jit
+def release(empty, stage, FIRST_BARRIER: gl.constexpr, NAMED: gl.constexpr):
+    """A consumer is done with a ring's stage. NAMED: nobody waits; an mbarrier's arrival waits for the other warps."""
+    if NAMED:
+        ring_barrier_arrive(FIRST_BARRIER + stage, HANDOVER)
+    else:
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def await_release(empty, step, STAGES: gl.constexpr, FIRST_BARRIER: gl.constexpr, NAMED: gl.constexpr):
+    """The producer's side of ``release``: the stage of ``step`` is free."""
+    if NAMED:
+        if step >= STAGES:
+            ring_barrier_sync(FIRST_BARRIER + step % STAGES, HANDOVER)
+    else:
+        mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+
+
 @gluon.jit
 def backward_producer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
-    PDL: gl.constexpr,
+    PDL: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
-    """One warp: loads K and V once, then Q with LSE and dO with delta for each query block of each head of
-    the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
+    """One warp: loads K and V once, then Q with LSE and dO with delta, in tiles of 64 queries, for each query block of
+    each head of the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
     """
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
     q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _ = bufs
@@ -101,6 +130,7 @@ def backward_producer(
     sched, cu_q, cu_k, turns = ptrs
     num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
     wl, wr = window
+    HALVES: gl.constexpr = BM // 64
     t = gl.program_id(0)
     if VARLEN:
         num_tiles = gl.load(sched + 1) * num_heads_k
@@ -122,15 +152,21 @@ def backward_producer(
             for i in range(lo, hi):
                 mb = visit(i, lo, hi, FIRST_STORES)
                 stage = step % STAGES
-                mbarrier.wait(q_empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-                load_tile(q_desc, q_full.index(stage), q_buf.index(stage), b, h, mb * BM, start_q, Sq, VARLEN)
-                tma_load(lse_desc, [row, column + mb * BM], q_full.index(stage), lse_buf.index(stage))
+                await_release(q_empty, step, STAGES, Q_BARRIER, NAMED)
+                bar = q_full.index(stage)
+                mbarrier.expect(bar, HALVES * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes))
+                for half in gl.static_range(HALVES):
+                    m0 = mb * BM + half * 64
+                    load_tile(q_desc, bar, q_buf.index(stage * HALVES + half), b, h, m0, start_q, Sq, VARLEN)
+                    tma_load(lse_desc, [row, column + m0], bar, lse_buf.index(stage * HALVES + half))
                 stage = step % DO_STAGES
-                mbarrier.wait(do_empty.index(stage), ((step // DO_STAGES) & 1) ^ 1)
-                mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-                load_tile(do_desc, do_full.index(stage), do_buf.index(stage), b, h, mb * BM, start_q, Sq, VARLEN)
-                tma_load(delta_desc, [row, column + mb * BM], do_full.index(stage), delta_buf.index(stage))
+                await_release(do_empty, step, DO_STAGES, DO_BARRIER, NAMED)
+                bar = do_full.index(stage)
+                mbarrier.expect(bar, HALVES * (do_desc.block_type.nbytes + delta_desc.block_type.nbytes))
+                for half in gl.static_range(HALVES):
+                    m0 = mb * BM + half * 64
+                    load_tile(do_desc, bar, do_buf.index(stage * HALVES + half), b, h, m0, start_q, Sq, VARLEN)
+                    tma_load(delta_desc, [row, column + m0], bar, delta_buf.index(stage * HALVES + half))
                 step += 1
 
 
@@ -138,7 +174,7 @@ def backward_producer(
 def backward_reducer(
     descs, bufs, bars, ptrs, sizes, window,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
     next.
@@ -164,21 +200,24 @@ def backward_reducer(
             for i in range(lo, hi):
                 mb = visit(i, lo, hi, FIRST_STORES)
                 tile = (row * padded + column + mb * BM) // BM
-                mbarrier.wait(dq_full.index(0), step & 1)
+                if NAMED:
+                    ring_barrier_sync(DQ_BARRIER, HANDOVER)
+                else:
+                    mbarrier.wait(dq_full.index(0), step & 1)
                 if FIRST_STORES:
                     rank = nb - first_keys(mb * BM, Sq, Sk, wl, BN, LEFT)
                     if rank == 0:
-                        tma_store(dq_desc, [tile * (D // 4), 0], dq_buf)
+                        tma_store(dq_desc, [tile * (BM * D // 256), 0], dq_buf)
                     else:
-                        wait_turn(turns + tile, rank if DETERMINISTIC else 1)
-                        tma_reduce_add(dq_desc, [tile * (D // 4), 0], dq_buf)
+                        wait_turn(turns + tile * (BM // 64), rank if DETERMINISTIC else 1)
+                        tma_reduce_add(dq_desc, [tile * (BM * D // 256), 0], dq_buf)
                 else:
-                    tma_reduce_add(dq_desc, [tile * (D // 4), 0], dq_buf)
+                    tma_reduce_add(dq_desc, [tile * (BM * D // 256), 0], dq_buf)
                 tma.store_wait(0)
                 mbarrier.arrive(dq_empty.index(0), count=1)
                 if FIRST_STORES:  # noqa: SIM102 (a constexpr: without it there is no rank)
                     if DETERMINISTIC or rank == 0:
-                        pass_turn(turns + tile)
+                        pass_turn(turns + tile * (BM // 64))
                 step += 1
 
 
@@ -248,10 +287,82 @@ def in_register_order(dq, D: gl.constexpr):
 
 
 @gluon.jit
+def hand_over(dq, dq_buf, dq_full, dq_empty, step, D: gl.constexpr, NAMED: gl.constexpr):
+    """Puts the dQ of ``step`` where the reducer finds it, once the tile before it has been read."""
+    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
+    dq_buf.store(in_register_order(dq, D))
+    fence_async_shared()
+    release(dq_full, 0, DQ_BARRIER, NAMED)
+
+
+@gluon.jit
+def scores(step, k_left, q_buf, q_full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr):
+    """Sᵀ [BN, 64] of the first 64 queries of a step, unfinished, once Q is there."""
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
+    mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
+    q = q_buf.index(HALVES * (step % STAGES)).reshape((64, D)).permute((1, 0))
+    return warpgroup_mma(k_left, q, gl.zeros((BN, 64), gl.float32, TL), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def probabilities(
+    s, lse, m0, place, scale_log2, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TL: gl.constexpr
+):
+    """Pᵀ [BN, 64] of the queries at ``m0`` from Sᵀ and a buffer of LSE."""
+    nb, Sq, Sk, begin, end, wl, wr = place
+    if (m0 < begin) | (m0 + 64 > end):
+        s = masked_scores(s, m0 - nb * BN + Sk - Sq, Sk - nb * BN, wl, wr, 64, BN, LEFT, RIGHT, TL)
+    return gl.exp2(s * scale_log2 - gl.expand_dims(lse.reshape((64,)).load(gl.SliceLayout(0, TL)), 0))
+
+
+@gluon.jit
+def query_block_ahead(
+    step, last, mb, s, dk, dv, bufs, bars, place, scale_log2,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, NAMED: gl.constexpr,
+):  # fmt: skip
+    """As ``query_block``, but takes S and returns the next block's, both finished: it runs while dQ is handed over. The
+    last block issues its own S again, for nobody: under a branch it would serialise the products."""
+    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
+    q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
+    DTYPE: gl.constexpr = k_buf.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
+    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
+    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
+    COL: gl.constexpr = gl.SliceLayout(0, TL)
+    k = k_buf.reshape((BN, D))
+    q_stage = step % STAGES
+    do_stage = step % DO_STAGES
+    q = q_buf.index(q_stage).reshape((64, D))
+    do = do_buf.index(do_stage).reshape((64, D))
+    zero_t = gl.zeros((BN, 64), gl.float32, TL)
+    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
+    dp = warpgroup_mma(v_buf.reshape((BN, D)), do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+    p = probabilities(s, lse_buf.index(q_stage), mb * 64, place, scale_log2, BN, LEFT, RIGHT, TL)
+    dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), AL), do, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    delta = delta_buf.index(do_stage).reshape((64,)).load(COL)
+    ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
+    ds_buf.permute((1, 0)).store(ds)
+    fence_async_shared()
+    partition_barrier()  # both warpgroups' halves of dS are there
+    dq = warpgroup_mma(ds_buf, k, gl.zeros((64, D), gl.float32, QL), use_acc=False, is_async=True)
+    dk = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
+    s_next = scores(gl.minimum(step + 1, last), k, q_buf, q_full, BN, D, STAGES, 1)
+    dv, dq = warpgroup_mma_wait(2, deps=(dv, dq))
+    release(do_empty, do_stage, DO_BARRIER, NAMED)
+    hand_over(dq, dq_buf, dq_full, dq_empty, step, D, NAMED)
+    dk, s_next = warpgroup_mma_wait(0, deps=(dk, s_next))
+    release(q_empty, q_stage, Q_BARRIER, NAMED)
+    return s_next, dk, dv
+
+
+@gluon.jit
 def query_block(
     step, mb, dk, dv, bufs, bars, place, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, FIRST: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, FIRST: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Adds one query block to dK and dV and hands its dQ over; returns (dK, dV).
 
@@ -279,7 +390,7 @@ def query_block(
     s = warpgroup_mma(k, q.permute((1, 0)), zero_t, use_acc=False, is_async=True)
     if LOOKAHEAD and not FIRST:
         dk = warpgroup_mma_wait(1, deps=(dk,))
-        mbarrier.arrive(q_empty.index((step - 1) % STAGES), count=1)
+        release(q_empty, (step - 1) % STAGES, Q_BARRIER, NAMED)
     mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
     dp = warpgroup_mma(v, do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -299,18 +410,112 @@ def query_block(
     dq = warpgroup_mma(ds_buf, k, zero_q, use_acc=False, is_async=True)
     dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
     dv = warpgroup_mma_wait(2, deps=(dv_next,))
-    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    release(do_empty, do_stage, DO_BARRIER, NAMED)
     dq = warpgroup_mma_wait(1, deps=(dq,))
-    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
-    dq_buf.store(in_register_order(dq, D))
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index(0), count=1)
+    hand_over(dq, dq_buf, dq_full, dq_empty, step, D, NAMED)
     if LOOKAHEAD:
         return dk_next, dv
     else:
         dk = warpgroup_mma_wait(0, deps=(dk_next,))
-        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        release(q_empty, q_stage, Q_BARRIER, NAMED)
         return dk, dv
+
+
+@gluon.jit
+def query_pair(
+    step, last, mb, s_a, dk, dv, kv, bufs, bars, place, scale_log2,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, NAMED: gl.constexpr,
+):  # fmt: skip
+    """As ``query_block`` for 128 queries, in two halves a and b that run into each other, so that the tensor cores work
+    during the softmax of either and the warpgroups meet once per 128 queries. Takes S of its first half and returns
+    that of the next block; S, dK and dV are finished, for a product in flight from one iteration to the next
+    serialises all of them.
+
+    S_b, dP_a issued | P_a | dV_a issued | dS_a | dK_a, dP_b issued | P_b | dV_b issued | dS_b | dK_b, dQ, S_a⁺ issued |
+    dQ handed over. The last block issues its own S_a again as the next one's, for nobody: under a branch it would
+    serialise the products.
+    """
+    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
+    q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
+    k_left, v_left = kv
+    DTYPE: gl.constexpr = k_buf.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])  # halves of Sᵀ, dPᵀ [BN, 64]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [BN, D]; dQ [128, D]
+    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
+    COL: gl.constexpr = gl.SliceLayout(0, TL)
+    zero_t = gl.zeros((BN, 64), gl.float32, TL)
+    q_stage = step % STAGES
+    do_stage = step % DO_STAGES
+    q_a = q_buf.index(2 * q_stage).reshape((64, D))
+    q_b = q_buf.index(2 * q_stage + 1).reshape((64, D))
+    do_a = do_buf.index(2 * do_stage).reshape((64, D))
+    do_b = do_buf.index(2 * do_stage + 1).reshape((64, D))
+
+    s_b = warpgroup_mma(k_left, q_b.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
+    dp_a = warpgroup_mma(v_left, do_a.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+    p_a = probabilities(s_a, lse_buf.index(2 * q_stage), mb * 128, place, scale_log2, BN, LEFT, RIGHT, TL)
+    dv = warpgroup_mma(gl.convert_layout(p_a.to(DTYPE), AL), do_a, dv, is_async=True)
+    s_b, dp_a = warpgroup_mma_wait(1, deps=(s_b, dp_a))
+    delta = delta_buf.index(2 * do_stage).reshape((64,)).load(COL)
+    ds_a = (p_a * (dp_a - gl.expand_dims(delta, 0))).to(DTYPE)
+    dk = warpgroup_mma(gl.convert_layout(ds_a, AL), q_a, dk, is_async=True)
+    dp_b = warpgroup_mma(v_left, do_b.permute((1, 0)), zero_t, use_acc=False, is_async=True)
+
+    p_b = probabilities(s_b, lse_buf.index(2 * q_stage + 1), mb * 128 + 64, place, scale_log2, BN, LEFT, RIGHT, TL)
+    dv = warpgroup_mma(gl.convert_layout(p_b.to(DTYPE), AL), do_b, dv, is_async=True)
+    dp_b = warpgroup_mma_wait(1, deps=(dp_b,))
+    delta = delta_buf.index(2 * do_stage + 1).reshape((64,)).load(COL)
+    ds_b = (p_b * (dp_b - gl.expand_dims(delta, 0))).to(DTYPE)
+    dk = warpgroup_mma(gl.convert_layout(ds_b, AL), q_b, dk, is_async=True)
+    ds = gl.join(ds_a, ds_b).permute((0, 2, 1)).reshape((BN, 128))  # [BN, 64] twice -> [BN, 128]
+    PL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
+    ds_buf.permute((1, 0)).store(gl.convert_layout(ds, PL, assert_trivial=True))
+    fence_async_shared()
+    partition_barrier()  # both warpgroups' halves of dS are there
+
+    zero_q = gl.zeros((128, D), gl.float32, KL)
+    dq = warpgroup_mma(ds_buf, k_buf.reshape((BN, D)), zero_q, use_acc=False, is_async=True)
+    s_next = scores(gl.minimum(step + 1, last), k_left, q_buf, q_full, BN, D, STAGES, 2)
+    dk, dv, dq = warpgroup_mma_wait(1, deps=(dk, dv, dq))
+    release(do_empty, do_stage, DO_BARRIER, NAMED)
+    release(q_empty, q_stage, Q_BARRIER, NAMED)
+    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
+    bits = dq.reshape((2, 4, 2, 8, 2, D // 16, 4, 2))  # as in in_register_order, but a warpgroup has all columns
+    dq_buf.store(bits.permute((0, 5, 4, 1, 3, 6, 2, 7)).reshape((D // 2, 256)))
+    fence_async_shared()
+    release(dq_full, 0, DQ_BARRIER, NAMED)
+    s_next = warpgroup_mma_wait(0, deps=(s_next,))
+    return s_next, dk, dv
+
+
+@gluon.jit
+def query_pairs(
+    dk, dv, lo, hi, steps, bufs, bars, place, scale_log2,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr, NAMED: gl.constexpr,
+    KV_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of ``steps`` > 0 blocks of 128 queries."""
+    q_buf, k_buf, v_buf, do_buf, _, _, ds_buf, dq_buf = bufs
+    q_full = bars[0]
+    k_left = k_buf.reshape((BN, D))
+    v_left = v_buf.reshape((BN, D))
+    if KV_REGISTERS:
+        LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]), 2)
+        k_left = k_left.load(LEFT_OPERAND)
+        v_left = v_left.load(LEFT_OPERAND)
+    kv = (k_left, v_left)
+    blocks = hi - lo
+    s = warpgroup_mma_wait(0, deps=(scores(0, k_left, q_buf, q_full, BN, D, STAGES, 2),))
+    for step in range(steps):
+        mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
+        s, dk, dv = query_pair(
+            step, steps - 1, mb, s, dk, dv, kv, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
+            NAMED,
+        )  # fmt: skip
+    return dk, dv
 
 
 @gluon.jit
@@ -318,7 +523,8 @@ def backward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    FIRST_STORES: gl.constexpr,
+    FIRST_STORES: gl.constexpr, NAMED: gl.constexpr, AHEAD: gl.constexpr, PAIRS: gl.constexpr,
+    KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
     dk_desc = descs[7]
@@ -349,42 +555,44 @@ def backward_consumer(
         place = (nb, Sq, Sk, begin, end, wl, wr)
         blocks = hi - lo
         steps = group * blocks
-        if LOOKAHEAD:
+        if PAIRS:
+            if steps > 0:
+                dk, dv = query_pairs(
+                    dk, dv, lo, hi, steps, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
+                    FIRST_STORES, NAMED, KV_REGISTERS,
+                )  # fmt: skip
+        elif AHEAD:
+            if steps > 0:
+                s = warpgroup_mma_wait(0, deps=(scores(0, k, bufs[0], bars[0], BN, D, STAGES, 1),))
+                for step in range(steps):
+                    mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
+                    s, dk, dv = query_block_ahead(
+                        step, steps - 1, mb, s, dk, dv, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT,
+                        RIGHT, NAMED,
+                    )  # fmt: skip
+        elif LOOKAHEAD:
             if steps > 0:
                 mb = visit(lo, lo, hi, FIRST_STORES)
                 dk_next, dv = query_block(
-                    0, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True
-                )
+                    0, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True,
+                    NAMED,
+                )  # fmt: skip
                 for step in range(1, steps):
                     mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
                     dk_next, dv = query_block(
                         step, mb, dk_next, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
-                        True, False,
+                        True, False, NAMED,
                     )  # fmt: skip
                 dk = warpgroup_mma_wait(0, deps=(dk_next,))
         else:
             for step in range(steps):
                 mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
                 dk, dv = query_block(
-                    step,
-                    mb,
-                    dk,
-                    dv,
-                    bufs,
-                    bars,
-                    place,
-                    scale_log2,
-                    BM,
-                    BN,
-                    D,
-                    STAGES,
-                    DO_STAGES,
-                    LEFT,
-                    RIGHT,
-                    False,
-                    False,
-                )
-        # K and V are dead: their buffers stage dK and dV.
+                    step, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, False,
+                    False, NAMED,
+                )  # fmt: skip
+        # K and V are dead, once both warpgroups' products are done: their buffers stage dK and dV.
+        partition_barrier()
         v.store(dv.to(DTYPE))
         k.store((dk * scale).to(DTYPE))
         fence_async_shared()
@@ -400,32 +608,34 @@ def backward_consumer(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc,  # tiles of BM (q, do) or BN (k, v) rows, [1, 1, rows, D] or [1, 1, 1, rows, D]
-    lse_desc, delta_desc,  # fp32 [rows, padded queries], tiles [1, BM]; LSE in log2 units, +inf where a row is dead
-    dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [D / 4, 256] of 64 queries; zeroed, or FIRST_STORES
+    q_desc, k_desc, v_desc, do_desc,  # tiles of 64 (q, do) or BN (k, v) rows, [1, 1, rows, D] or [1, 1, 1, rows, D]
+    lse_desc, delta_desc,  # fp32 [rows, padded queries], tiles [1, 64]; LSE in log2 units, +inf where a row is dead
+    dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [BM * D / 256, 256]; zeroed, or FIRST_STORES
     dk_desc, dv_desc,  # like k
     sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
     cu_q, cu_k,  # int32 [B + 1]; varlen only
-    turns,  # int32 [rows * padded queries / BM], zero on entry; FIRST_STORES only
+    turns,  # int32 [rows * padded queries / 64], zero on entry; FIRST_STORES only
     wl, wr,  # window, used where LEFT, RIGHT
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr,
+    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr, NAMED: gl.constexpr,
+    AHEAD: gl.constexpr, PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
     ONE: gl.constexpr = [1, 1, 1] if VARLEN else [1, 1]
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_buf = gl.allocate_shared_memory(DTYPE, [STAGES] + ONE + [BM, D], q_desc.layout)
-    do_buf = gl.allocate_shared_memory(DTYPE, [DO_STAGES] + ONE + [BM, D], do_desc.layout)
+    HALVES: gl.constexpr = BM // 64  # copies and buffers of Q, dO and the statistics are of 64 queries
+    q_buf = gl.allocate_shared_memory(DTYPE, [STAGES * HALVES] + ONE + [64, D], q_desc.layout)
+    do_buf = gl.allocate_shared_memory(DTYPE, [DO_STAGES * HALVES] + ONE + [64, D], do_desc.layout)
     k_buf = gl.allocate_shared_memory(DTYPE, ONE + [BN, D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(DTYPE, ONE + [BN, D], v_desc.layout)
-    lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], lse_desc.layout)
-    delta_buf = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, BM], delta_desc.layout)
+    lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES * HALVES, 1, 64], lse_desc.layout)
+    delta_buf = gl.allocate_shared_memory(gl.float32, [DO_STAGES * HALVES, 1, 64], delta_desc.layout)
     ds_buf = gl.allocate_shared_memory(DTYPE, [BM, BN], gl.NVMMASharedLayout.get_default_for([BM, BN], DTYPE))
-    dq_buf = gl.allocate_shared_memory(gl.float32, [D // 4, 256], dq_desc.layout)
+    dq_buf = gl.allocate_shared_memory(gl.float32, [BM * D // 256, 256], dq_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BAR)
@@ -452,9 +662,9 @@ def backward_kernel(
     window = (wl, wr)
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES)),
+                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES, NAMED, AHEAD, PAIRS, KV_REGISTERS)),
         (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
-                             FIRST_STORES, PDL)),
+                             FIRST_STORES, PDL, NAMED)),
         (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, FIRST_STORES,
-                            DETERMINISTIC)),
+                            DETERMINISTIC, NAMED)),
     ], [1, 1], [24, 24])  # fmt: skip

@@ -435,7 +435,7 @@ def backward_wide_kernel(
                          VARLEN, LEFT, RIGHT, LOOKAHEAD)),
         (queries_consumer, (bufs, bars, ptrs, sizes, window, BM, BN, D, DQ_COLUMNS, DQ_STAGES, VARLEN, LEFT, RIGHT)),
         (backward_producer, (descs, loads, load_bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT,
-                             RIGHT, FIRST_STORES, PDL)),
+                             RIGHT, FIRST_STORES, PDL, False)),
         (wide_reducer, (descs, loads, load_bars, ptrs, sizes, window, BM, BN, D, DQ_COLUMNS, DQ_STAGES, VARLEN, LEFT,
                         RIGHT, FIRST_STORES, DETERMINISTIC)),
     ], [4, 4, 1, 1], [KEYS_REGS, 72, 24, 24])  # fmt: skip

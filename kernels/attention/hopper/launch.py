@@ -263,6 +263,7 @@ def _plan_forward_launch(
         "num_m": triton.cdiv(call.seqlen_q, tile.block_m),
         "num_tiles": num_tiles,
         "section": tuning.section_heads(
+            tuning.FORWARD_L2_BUDGET_BYTES,
             4 * call.seqlen_k * call.width // group,
             call.batch * call.num_heads,
             triton.cdiv(call.seqlen_q, tile.block_m),
@@ -300,7 +301,8 @@ class BackwardPlan:
     """Queries of all heads, each row padded: see `_scratch`."""
     width: int
     turn_shape: tuple[int, int] | None
-    """Shape of the turns that key blocks take at dQ; None: they take none."""
+    """Shape of the turns that key blocks take at dQ, one a scratch tile (128 queries at once count at the first of
+    theirs); None: they take none."""
     copies: tuple[bool, ...] | None
     """Which of dO, q, k, v the copy engine can't address: contiguous copies take their place. None: none of them."""
     spares: tuple[bool, bool] | None
@@ -367,7 +369,7 @@ def _plan_backward(
     scratch = _shaped(_scratch(columns, call.width, torch.device("meta")), call)
     tile = tuning.BACKWARD[call.width]
     take_turns = params.deterministic or tile.first_stores
-    turn_shape = (call.scratch_rows, call.padded // tuning.BLOCK_M_BACKWARD) if take_turns else None
+    turn_shape = (call.scratch_rows, call.padded // tuning.SCRATCH_TILE) if take_turns else None
     turns = None if turn_shape is None else torch.empty(turn_shape, dtype=torch.int32, device="meta")
     block_n = tile.block_n
     bound = call.tiles("k", block_n)
@@ -408,11 +410,13 @@ def _overlaps(call: Call) -> bool:
     return tuning.BACKWARD[call.width].pdl and not call.varlen
 
 
-def _describe_scratch(scratch: tuple[Tensor, Tensor, Tensor], dq_columns: int) -> tuple[TensorDescriptor, ...]:
-    """Descriptors of the three, unswizzled: the tiles are read row by row. ``dq_columns`` of 64 rows of dQ leave at a
-    time."""
+def _describe_scratch(
+    scratch: tuple[Tensor, Tensor, Tensor], tile: tuning.BackwardTile | tuning.WideBackwardTile, width: int
+) -> tuple[TensorDescriptor, ...]:
+    """Descriptors of the three, unswizzled: the tiles are read row by row."""
     plain = gl.NVMMASharedLayout(0, 32, 2)
-    blocks = ([1, tuning.BLOCK_M_BACKWARD], [1, tuning.BLOCK_M_BACKWARD], [dq_columns // 4, 256])
+    statistics = [1, tuning.SCRATCH_TILE]
+    blocks = (statistics, statistics, [tile.sum_rows(width), 256])
     return tuple(
         TensorDescriptor(t, list(t.shape), list(t.stride()), block, plain)
         for t, block in zip(scratch, blocks, strict=True)
@@ -429,7 +433,7 @@ def _plan_preprocess(
     call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scratch: tuple[Tensor, Tensor, Tensor],
     turns: Tensor | None, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
-    block = 64
+    block = tuning.SCRATCH_TILE
     num_blocks = triton.cdiv(call.seqlen_q, PAD) * (PAD // block)  # padding rows too
     arguments = {
         "out": out,
@@ -452,6 +456,7 @@ def _plan_preprocess(
         "HEAD_DIM": call.head_dim,
         "D": call.width,
         "BLOCK": block,
+        "BLOCK_M": tuning.BACKWARD[call.width].queries,
         "VARLEN": call.varlen,
         "HAS_DLSE": dlse is not None,
         "PDL": _overlaps(call),
@@ -465,16 +470,18 @@ def _plan_main(
     scratch: tuple[Tensor, Tensor, Tensor], turns: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
     tile = tuning.BACKWARD[call.width]
-    block_m, block_n = tuning.BLOCK_M_BACKWARD, tile.block_n
+    block_n = tile.block_n
+    if isinstance(tile, tuning.BackwardTile) and (tile.pairs or tile.ahead) and call.width != 64:
+        raise ValueError(f"pairs and ahead are for head dims up to 64 (registers), this one is {call.head_dim}")
     num_tiles = bound * call.num_heads_k
     group = call.num_heads // call.num_heads_k
     names = ("lse_desc", "delta_desc", "dq_desc")
     arguments = {
-        "q_desc": describe_tensor(q, block_m, call.width, call.varlen),
+        "q_desc": describe_tensor(q, tuning.SCRATCH_TILE, call.width, call.varlen),
         "k_desc": describe_tensor(k, block_n, call.width, call.varlen),
         "v_desc": describe_tensor(v, block_n, call.width, call.varlen),
-        "do_desc": describe_tensor(dout, block_m, call.width, call.varlen),
-        **dict(zip(names, _describe_scratch(scratch, tile.columns_at_a_time(call.width)), strict=True)),
+        "do_desc": describe_tensor(dout, tuning.SCRATCH_TILE, call.width, call.varlen),
+        **dict(zip(names, _describe_scratch(scratch, tile, call.width), strict=True)),
         "dk_desc": describe_tensor(dk, block_n, call.width, call.varlen),
         "dv_desc": describe_tensor(dv, block_n, call.width, call.varlen),
         "sched": torch.empty(0, dtype=torch.int32, device=q.device) if call.varlen else None,
@@ -486,6 +493,7 @@ def _plan_main(
         "num_n": triton.cdiv(call.seqlen_k, block_n),
         "num_tiles": num_tiles,
         "section": tuning.section_heads(
+            tile.l2_budget_mib * 2**20,
             8 * call.seqlen_q * call.width * group,
             call.batch * call.num_heads_k,
             triton.cdiv(call.seqlen_k, block_n),
@@ -499,7 +507,7 @@ def _plan_main(
         "batch_heads_k": call.batch * call.num_heads_k,
         "scale_log2": params.softmax_scale * LOG2E,
         "scale": params.softmax_scale,
-        "BM": block_m,
+        "BM": tile.queries,
         "BN": block_n,
         "D": call.width,
         "STAGES": tile.q_stages,
@@ -540,6 +548,7 @@ def _plan_postprocess(
         "scale": scale,
         "HEAD_DIM": call.head_dim,
         "D": call.width,
+        "BLOCK_M": tile.queries,
         "COLUMN_WARPGROUPS": tile.column_warpgroups,
         "VARLEN": call.varlen,
         "PDL": _overlaps(call),

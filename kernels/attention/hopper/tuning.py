@@ -26,9 +26,13 @@ class ForwardTile:
     """Warpgroups take turns on the tensor cores."""
 
 
+SCRATCH_TILE = 64
+"""Queries of one tile of the backward's scratch memory and of one copy of Q or dO."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardTile:
-    """Launch configuration of the backward kernel up to head dim 128 (64 queries x 128 keys)."""
+    """Launch configuration of the backward kernel up to head dim 128 (64 queries x 128 keys, or 128 x 128)."""
 
     block_n: ClassVar[int] = 128
     column_warpgroups: ClassVar[int] = 2
@@ -50,23 +54,57 @@ class BackwardTile:
     """Programmatic dependent launch: each of the three kernels of a dense call may start before the one before it has
     ended."""
 
+    named: bool = False
+    """Consumers release stages and hand dQ over through named barriers, where nobody waits for the other warps."""
+
+    ahead: bool = False
+    """S of the next block runs while dQ of this one is handed over. D = 64 only, for want of registers."""
+    pairs: bool = False
+    """128 queries at a time, in two halves that run into each other: the warpgroups meet half as often, and one half's
+    products run during the other's softmax. D = 64 only, for want of registers."""
+    kv_registers: bool = False
+    """With ``pairs``: K and V are left operands from registers in S and dP, which takes reads off shared memory."""
+    l2_budget_mib: int = 32
+    """What Q, dO and dQ's sums of one section of heads may take of the 50 MB of L2 (H100), in MiB; 0: one KV
+    head at a time."""
+
+    @property
+    def queries(self) -> int:
+        """Queries of one step."""
+        return 2 * SCRATCH_TILE if self.pairs else SCRATCH_TILE
+
     def __post_init__(self) -> None:
+        if self.kv_registers and not self.pairs:
+            raise ValueError("kv_registers is a variant of pairs")
+        if self.pairs + self.lookahead + self.ahead > 1:
+            raise ValueError("pairs, lookahead and ahead exclude each other")
+        if (self.pairs or self.ahead) and self.q_stages < 2:
+            raise ValueError(f"pairs and ahead keep two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
+        if self.named and max(self.q_stages, self.do_stages) > 3:
+            raise ValueError(f"named barriers serve rings of 3, got {self.q_stages} and {self.do_stages} stages")
         if self.lookahead and self.q_stages < 2:
             raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
     def constants(self) -> dict[str, int]:
         """What only this kernel is compiled for."""
-        return {"LOOKAHEAD": self.lookahead}
+        return {
+            "LOOKAHEAD": self.lookahead,
+            "NAMED": self.named,
+            "AHEAD": self.ahead,
+            "PAIRS": self.pairs,
+            "KV_REGISTERS": self.kv_registers,
+        }
 
-    def columns_at_a_time(self, width: int) -> int:
-        """Columns of dQ that the copy engine adds at a time."""
-        return width
+    def sum_rows(self, width: int) -> int:
+        """Rows of 256 sums of dQ that the copy engine adds at a time."""
+        return self.queries * width // 256
 
 
 @dataclass(frozen=True, slots=True)
 class WideBackwardTile:
     """Launch configuration of the backward kernel above head dim 128 (64 queries x 64 keys)."""
 
+    queries: ClassVar[int] = SCRATCH_TILE
     block_n: ClassVar[int] = 64
     column_warpgroups: ClassVar[int] = 1
     num_warps: ClassVar[int] = 4
@@ -86,6 +124,8 @@ class WideBackwardTile:
     """As in BackwardTile."""
     pdl: bool = False
     """As in BackwardTile."""
+    l2_budget_mib: int = 32
+    """As in BackwardTile."""
 
     def __post_init__(self) -> None:
         if self.dq_columns not in (32, 64):
@@ -97,12 +137,10 @@ class WideBackwardTile:
         """As in BackwardTile."""
         return {"DQ_COLUMNS": self.dq_columns, "DQ_STAGES": self.dq_stages, "LOOKAHEAD": self.lookahead}
 
-    def columns_at_a_time(self, width: int) -> int:
+    def sum_rows(self, width: int) -> int:
         """As in BackwardTile."""
-        return self.dq_columns
+        return self.queries * self.dq_columns // 256
 
-
-BLOCK_M_BACKWARD = 64
 
 FORWARD: dict[int, ForwardTile] = {
     64: ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True),
@@ -120,8 +158,8 @@ BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
 }
 """Padded head dim -> backward tile."""
 
-L2_BUDGET_BYTES = 32 * 2**20
-"""What the tensors of one section of heads may take of the 50 MB of L2 (H100)."""
+FORWARD_L2_BUDGET_BYTES = 32 * 2**20
+"""What K and V of one section of heads may take of the 50 MB of L2 (H100)."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -129,12 +167,14 @@ def padded_head_dim(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def section_heads(bytes_per_head: int, num_heads: int, blocks_per_head: int, num_sms: int, multiple: int = 1) -> int:
+def section_heads(
+    budget_bytes: int, bytes_per_head: int, num_heads: int, blocks_per_head: int, num_sms: int, multiple: int = 1
+) -> int:
     """How many heads to walk through side by side: as many as occupy every SM once, in whole groups of ``multiple``
-    (heads that share keys), but no more than have what they re-read in L2 together. A section wider than the device
-    would come back to a head's tensors after they have left L2: at S = 512 that doubled the forward's DRAM traffic
-    (docs/kernel_log.md).
+    (heads that share keys), but no more than have what they re-read within ``budget_bytes`` of L2 together. A section
+    wider than the device would come back to a head's tensors after they have left L2: at S = 512 that doubled the
+    forward's DRAM traffic (docs/kernel_log.md).
     """
-    fit = L2_BUDGET_BYTES // max(1, bytes_per_head * multiple)
+    fit = budget_bytes // max(1, bytes_per_head * multiple)
     fill = -(-num_sms // max(1, blocks_per_head * multiple))
     return min(num_heads, max(1, min(fit, fill)) * multiple)

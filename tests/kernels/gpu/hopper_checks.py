@@ -8,6 +8,7 @@ Exit status 1 if any check failed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.attention import op
 from kernels.attention.dispatch import PATH_ENV
 from kernels.attention.hopper import tuning
 from kernels.attention.reference import attention_reference
@@ -282,7 +284,7 @@ def launch_variants() -> Iterator[Check]:
         tuning.ForwardTile(128, 128, 2, 240, own_o=False, pingpong=True),
         tuning.ForwardTile(128, 128, 3, 240, own_o=True, pingpong=False),
     ):
-        yield f"{tile}", lambda tile=tile: with_tile(tuning.FORWARD, 64, tile, case)
+        yield f"{tile}", lambda tile=tile: with_tile(tuning.FORWARD, 64, tile, check_dense, case)
     for backward_tile in (
         tuning.BackwardTile(3, 3, lookahead=False),
         tuning.BackwardTile(2, 2, lookahead=True),
@@ -290,16 +292,60 @@ def launch_variants() -> Iterator[Check]:
         tuning.BackwardTile(2, 2, lookahead=False, pdl=True),
         tuning.BackwardTile(2, 2, lookahead=False, first_stores=True, pdl=True),
     ):
-        yield f"{backward_tile}", lambda tile=backward_tile: with_tile(tuning.BACKWARD, 64, tile, case)
+        yield f"{backward_tile}", lambda tile=backward_tile: with_tile(tuning.BACKWARD, 64, tile, check_dense, case)
 
 
-def with_tile(table: dict[int, Any], width: int, tile: Any, case: Case) -> None:
+BACKWARD_VARIANTS: dict[str, list[tuple[int, dict[str, Any]]]] = {
+    "named": [
+        (64, {"named": True}),
+        (128, {"named": True}),
+        (64, {"named": True, "q_stages": 3, "do_stages": 3}),
+    ],
+    "ahead": [
+        (64, {"named": True, "ahead": True, "q_stages": 3}),
+        (64, {"named": True, "lookahead": True, "q_stages": 3}),
+    ],
+    "pairs": [
+        (64, {"pairs": True, "named": True}),
+        (64, {"pairs": True, "named": True, "kv_registers": True}),
+        (64, {"pairs": True}),
+    ],
+}
+"""Group -> (width, changed fields) of the backward's other orders of work."""
+
+
+def backward_variants(group: str) -> Iterator[Check]:
+    """Every walk, ring phase and mask, and 20 equal runs of each."""
+    common = {"q_stages": 2, "do_stages": 2, "lookahead": False}
+    fixed = {"deterministic": True}
+    for width, fields in BACKWARD_VARIANTS[group]:
+        tile = tuning.BackwardTile(**(common | fields))
+        checks: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        for sq, sk in ((1, 1), (64, 128), (128, 64), (65, 300), (700, 513), (1000, 1000), (2048, 4096)):
+            for options in ({}, CAUSAL, {"window_size": (100, 0)}, {"window_size": (64, 129)}, {**CAUSAL, **fixed}):
+                checks.append((check_dense, (Case(sq, sk, width, 4, 2, batch=2, dtype=BF16, options=options),)))
+        for options in ({}, CAUSAL, {**CAUSAL, **fixed}):
+            case = Case(0, 0, width, 4, 2, dtype=BF16, options=options)
+            for lengths in ([1, 0, 129, 512, 64], [1000] * 5 + [3] * 40):
+                checks.append((check_varlen, (lengths, lengths, case)))
+        for options in ({}, CAUSAL, {**CAUSAL, **fixed}):
+            checks.append(
+                (run_twice_the_same, (Case(4096, 4096, width, 16, 16, batch=2, dtype=BF16, options=options),))
+            )
+        for check, arguments in checks:
+            name = f"{fields} {check.__name__} {' '.join(map(str, arguments))}"
+            yield name, functools.partial(with_tile, tuning.BACKWARD, width, tile, check, *arguments)
+
+
+def with_tile(table: dict[int, Any], width: int, tile: Any, check: Callable[..., None], *arguments: Any) -> None:
     before = table[width]
     table[width] = tile
+    op.forget()  # what was planned for the other tile
     try:
-        check_dense(case)
+        check(*arguments)
     finally:
         table[width] = before
+        op.forget()
 
 
 def systems() -> Iterator[Check]:
@@ -324,6 +370,7 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "deterministic": deterministic,
     "systems": systems,
     "launch_variants": launch_variants,
+    **{f"backward_{group}": functools.partial(backward_variants, group) for group in BACKWARD_VARIANTS},
 }
 
 
