@@ -122,7 +122,7 @@ def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
     from kernels.attention import op
     from kernels.attention.hopper import tuning
 
-    tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.BACKWARD)
+    tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
     known = {f.name for table in tables for tile in table.values() for f in dataclasses.fields(tile)}
     if unknown := set(changes) - known:
         raise ValueError(f"hopper has no tile parameter {sorted(unknown)}; it has {sorted(known)}")

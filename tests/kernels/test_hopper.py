@@ -140,6 +140,8 @@ CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "adding": {"first_stores": False},
+    "plain": {"named": False, "pairs": False, "kv_registers": False},
     "named": {"named": True, "q_stages": 3, "do_stages": 3},
     "ahead": {"named": True, "ahead": True, "q_stages": 3},
     "pairs": {"pairs": True, "named": True},
@@ -150,8 +152,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for width, tile in tuning.BACKWARD.items():
-        if width == 64 or (width == 128 and variant == "named"):
-            monkeypatch.setitem(tuning.BACKWARD, width, replace(tile, **VARIANTS[variant]))
+        if width == 64 or (width == 128 and variant in ("named", "adding")):
+            plain = tile if variant == "adding" else tuning.BackwardTile(2, 2, lookahead=False)
+            monkeypatch.setitem(tuning.BACKWARD, width, replace(plain, **VARIANTS[variant]))
 
 
 @NEEDS_INTERPRETER
@@ -236,6 +239,7 @@ def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, m
         hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
         return grads
 
+    monkeypatch.setitem(tuning.BACKWARD, 64, tuning.BackwardTile(2, 2, lookahead=False))
     want = gradients()
     for variant in ("", "lookahead", "ahead") if stages[0] > 1 else ("",):
         tile = tuning.BackwardTile(*stages, lookahead=variant == "lookahead", ahead=variant == "ahead")
@@ -356,9 +360,11 @@ def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.
     q, k, v, dout, params, extras = inputs(case)
     out, lse = hopper.forward(q, k, v, params, extras, {})
     plain, stored = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
-    hopper.backward(dout, q, k, v, out, lse, None, *plain, params, extras, {})
-    for width in (64, 256):
-        monkeypatch.setitem(tuning.BACKWARD, width, replace(tuning.BACKWARD[width], first_stores=True))
+    for first_stores, grads in ((False, plain), (True, None)):
+        for width in (64, 256):
+            monkeypatch.setitem(tuning.BACKWARD, width, replace(tuning.BACKWARD[width], first_stores=first_stores))
+        if grads is not None:
+            hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
     monkeypatch.setattr(hopper_emulator, "HANG_S", 20.0)
     scratch = launch._scratch
     monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))

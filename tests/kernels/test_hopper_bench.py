@@ -103,14 +103,14 @@ def test_ablation_table_divides_neighbours() -> None:
 def test_path_and_tiles_are_forced_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PATH_ENV, "auto")
     before = dict(tuning.FORWARD), dict(tuning.BACKWARD)
-    _, context = bench.parse_implementation("hopper[block_m=192,pingpong=false,q_stages=1]")
+    _, context = bench.parse_implementation("hopper[block_m=192,pingpong=false,do_stages=1]")
     with context():
         assert os.environ[PATH_ENV] == "hopper"
         assert all(
             (t.block_m, t.pingpong, t.block_n) == (192, False, o.block_n)
             for t, o in zip(tuning.FORWARD.values(), before[0].values(), strict=True)
         )
-        assert {t.q_stages for t in tuning.BACKWARD.values()} == {1}
+        assert {t.do_stages for t in tuning.BACKWARD.values()} == {1}
     assert os.environ[PATH_ENV] == "auto"
     assert before == (tuning.FORWARD, tuning.BACKWARD)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,6 +132,10 @@ def compile_cases() -> list[CompileCase]:
             name = f"hopper.forward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
             make = _bind(forward_source, width, tile, dtype, mask, varlen)
             cases.append(CompileCase(name, make, 4, quick=_quick(width, mask, varlen, dtype)))
+    for width, tile in tuning.FORWARD_TALL.items():
+        for mask, varlen in itertools.product(("full", "causal"), (False, True)):
+            name = f"hopper.forward_tall[d{width},{mask},{'varlen' if varlen else 'dense'},bf16]"
+            cases.append(CompileCase(name, _bind(forward_source, width, tile, "bf16", mask, varlen), 4))
     for width, backward_tile in tuning.BACKWARD.items():
         num_warps = backward_tile.num_warps
         for dtype, mask, varlen in _combinations():

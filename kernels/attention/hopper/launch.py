@@ -231,21 +231,20 @@ def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: A
     cu = extras.cu_seqlens_q
     bound, tiles, launch = 0, None, None
     if 0 not in q.shape and 0 not in k.shape and call.seqlen_q > 0:
-        tile = tuning.FORWARD[call.width]
+        tile = tuning.forward_tile(call.width, call.seqlen_k, params.window_left >= 0, params.window_right >= 0)
         bound = call.tiles("q", tile.block_m)
         if cu is not None:
             tiles = _plan_tile_list(cu, call, bound, tile.block_m, descending=params.window_right >= 0)
         q, k, v = _addressable_copies((q, k, v), copies)
-        launch = _plan_forward_launch(call, bound, q, k, v, out, lse, params, extras)
+        launch = _plan_forward_launch(call, tile, bound, q, k, v, out, lse, params, extras)
     zero = call.varlen or launch is None
     return ForwardPlan(zero, shape, lse.stride(), copies, bound, tiles, launch)
 
 
 def _plan_forward_launch(
-    call: Call, bound: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, params: AttnParams,
-    extras: AttnExtras,
+    call: Call, tile: tuning.ForwardTile, bound: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    params: AttnParams, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
-    tile = tuning.FORWARD[call.width]
     num_tiles = bound * call.num_heads
     group = call.num_heads // call.num_heads_k
     right = params.window_right >= 0
@@ -368,7 +367,7 @@ def _plan_backward(
     columns = call.scratch_rows * call.padded
     scratch = _shaped(_scratch(columns, call.width, torch.device("meta")), call)
     tile = tuning.BACKWARD[call.width]
-    take_turns = params.deterministic or tile.first_stores
+    take_turns = params.deterministic or tile.stores_first(call.seqlen_k)
     turn_shape = (call.scratch_rows, call.padded // tuning.SCRATCH_TILE) if take_turns else None
     turns = None if turn_shape is None else torch.empty(turn_shape, dtype=torch.int32, device="meta")
     block_n = tile.block_n

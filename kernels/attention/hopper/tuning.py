@@ -5,6 +5,7 @@ runners-up).
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import ClassVar
 
 
@@ -26,6 +27,7 @@ class ForwardTile:
     """Warpgroups take turns on the tensor cores."""
 
 
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 SCRATCH_TILE = 64
 """Queries of one tile of the backward's scratch memory and of one copy of Q or dO."""
 
@@ -47,9 +49,10 @@ class BackwardTile:
     """Depth of the dO ring."""
     lookahead: bool
     """dK of one block is finished behind S of the next; needs registers that only D = 64 leaves."""
-    first_stores: bool = False
+    first_stores: bool | None = None
     """The first key block that sees a query block stores its dQ, so that the sums need no zeroing: 4 bytes less to
-    write per element of Q, and the later key blocks wait for the first. Deterministic calls always do this."""
+    write per element of Q, and the later key blocks wait for the first. Deterministic calls always do this. None: up
+    to FIRST_STORES_KEYS keys."""
     pdl: bool = False
     """Programmatic dependent launch: each of the three kernels of a dense call may start before the one before it has
     ended."""
@@ -99,6 +102,10 @@ class BackwardTile:
         """Rows of 256 sums of dQ that the copy engine adds at a time."""
         return self.queries * width // 256
 
+    def stores_first(self, seqlen_k: int) -> bool:
+        """What ``first_stores`` means for keys of this length."""
+        return seqlen_k <= FIRST_STORES_KEYS if self.first_stores is None else self.first_stores
+
 
 @dataclass(frozen=True, slots=True)
 class WideBackwardTile:
@@ -121,7 +128,7 @@ class WideBackwardTile:
     lookahead: bool = False
     """dP of the next block is issued behind dK of this one."""
     first_stores: bool = False
-    """As in BackwardTile."""
+    """As in BackwardTile, but where it pays depends on more than the length: off."""
     pdl: bool = False
     """As in BackwardTile."""
     l2_budget_mib: int = 32
@@ -141,6 +148,10 @@ class WideBackwardTile:
         """As in BackwardTile."""
         return self.queries * self.dq_columns // 256
 
+    def stores_first(self, seqlen_k: int) -> bool:
+        """As in BackwardTile."""
+        return bool(self.first_stores)
+
 
 FORWARD: dict[int, ForwardTile] = {
     64: ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True),
@@ -150,13 +161,26 @@ FORWARD: dict[int, ForwardTile] = {
 }
 """Padded head dim -> forward tile."""
 
+FORWARD_TALL: dict[int, ForwardTile] = {
+    64: ForwardTile(block_m=192, block_n=128, stages=2, consumer_regs=160, own_o=True, pingpong=True),
+}
+"""Padded head dim -> forward tile where rows have much to do: H100, 16k tokens, TFLOP/s at S = 512, 2k, 16k: full 370
+500 563, where FORWARD has 364 454 484; causal 181 376 545 and 211 393 488."""
+TALL_KEYS = 4096
+"""Keys from which causal calls take FORWARD_TALL."""
+
 BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
-    64: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
-    128: BackwardTile(q_stages=2, do_stages=2, lookahead=False),
+    # K and V from registers: +10 to 18 % on an H100; under Triton 3.9 they spill.
+    64: BackwardTile(2, 2, lookahead=False, named=True, pairs=True, kv_registers=TRITON < (3, 9)),
+    128: BackwardTile(q_stages=2, do_stages=2, lookahead=False, named=True),
     # 225 of 227 KB: with one dO stage, 32 KB more would be there for dQ.
     256: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=32, dq_stages=2),
 }
 """Padded head dim -> backward tile."""
+
+FIRST_STORES_KEYS = 2048
+"""H100, D = 128, TFLOP/s with the first key block's dQ stored and added: causal 210 and 182 at S = 512, 433 and 409 at
+2k, 610 and 599 at 16k, there within the noise; with more key blocks than CTAs in flight the later ones wait."""
 
 FORWARD_L2_BUDGET_BYTES = 32 * 2**20
 """What K and V of one section of heads may take of the 50 MB of L2 (H100)."""
@@ -165,6 +189,12 @@ FORWARD_L2_BUDGET_BYTES = 32 * 2**20
 def padded_head_dim(head_dim: int) -> int:
     """Width of a tile: the copy engine fills the columns past ``head_dim`` with zeros."""
     return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+
+
+def forward_tile(width: int, seqlen_k: int, left: bool, right: bool) -> ForwardTile:
+    """The forward's tile at this padded head dim, for keys of this length and masks on the left and on the right."""
+    tall = not left and (seqlen_k >= TALL_KEYS or not right)
+    return (FORWARD_TALL.get(width) if tall else None) or FORWARD[width]
 
 
 def section_heads(

@@ -8,6 +8,7 @@ Exit status 1 if any check failed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -134,7 +135,7 @@ def wide_variants() -> Iterator[Check]:
         tuning.WideBackwardTile(2, 1, 64, 3),
         tuning.WideBackwardTile(2, 1, 32, 4),
     ):
-        yield f"{tile}", lambda tile=tile: with_tile(tuning.BACKWARD, 256, tile, case)
+        yield f"{tile}", lambda tile=tile: with_tile(tuning.BACKWARD, 256, tile, check_dense, case)
 
 
 def varlen() -> Iterator[Check]:
@@ -285,6 +286,19 @@ def launch_variants() -> Iterator[Check]:
         tuning.ForwardTile(128, 128, 3, 240, own_o=True, pingpong=False),
     ):
         yield f"{tile}", lambda tile=tile: with_tile(tuning.FORWARD, 64, tile, check_dense, case)
+    for tall in (
+        Case(700, 700, 64, 4, 2, batch=3, dtype=BF16),
+        Case(1, 4097, 64, 4, 2, dtype=FP16, options=CAUSAL),
+        Case(4200, 4300, 40, 3, 1, dtype=BF16, options=CAUSAL),
+    ):
+        yield f"tall {tall}", lambda case=tall: check_dense(case)
+    for options in ({}, CAUSAL):
+        case = Case(0, 0, 64, 4, 2, dtype=BF16, options=options)
+        yield f"tall varlen {case}", lambda case=case: check_varlen([1, 4100, 0, 193, 900], [77, 4100, 5, 193, 1], case)
+    adding = dataclasses.replace(tuning.BACKWARD[128], first_stores=False)
+    for options in ({}, CAUSAL, {"window_size": (100, 0)}):
+        case = Case(700, 700, 128, 4, 2, batch=3, dtype=BF16, options=options)
+        yield f"adding {case}", lambda case=case: with_tile(tuning.BACKWARD, 128, adding, check_dense, case)
     for backward_tile in (
         tuning.BackwardTile(3, 3, lookahead=False),
         tuning.BackwardTile(2, 2, lookahead=True),
