@@ -185,10 +185,6 @@ class ModelConfig:
     fused_norms: Toggle = Toggle.auto
     """Our Triton kernels for a block's norms with the residual sums around them. auto: on CUDA. off: PyTorch
     operations, which `engine.compile` fuses in part."""
-    fused_gelu: Toggle = Toggle.off
-    """GELU inside the MLP's products, by cuBLASLt; only with `activation=gelu_tanh` and `bias=true`. auto: on CUDA from
-    compute capability 9.0 in 16 bits. on: as auto, or an error that says why not; on a CPU by PyTorch operations of
-    the same roundings."""
 
 
 @dataclass

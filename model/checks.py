@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from configs.schema import Activation, Attention, ModelConfig, Position, Toggle
+from configs.schema import Attention, ModelConfig, Position
 from model import attention
 
 
@@ -15,11 +15,6 @@ def check(config: ModelConfig, documents: bool = False) -> list[str]:
     if found:
         return found  # the rest divides by these numbers
     found += _check_heads(config)
-    if config.fused_gelu is Toggle.on and not (config.activation is Activation.gelu_tanh and config.bias):
-        found.append(
-            "model.fused_gelu=on needs model.activation=gelu_tanh and model.bias=true, given "
-            f"{config.activation.value} and {str(config.bias).lower()}; use model.fused_gelu=auto or off"
-        )
     if config.attention is not Attention.auto and not found:
         found += attention.problems(config, config.attention, documents)
     return found

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import Activation, ModelConfig, Norm, Toggle
+from configs.schema import Activation, ModelConfig, Norm
 from model.dimensions import Dimensions
-from model.gelu_products import gelu_mlp, possible, runs_fused, why_not
 from model.init import Linear, residual_std
 
 
@@ -74,16 +73,12 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, sizes: Dimensions) -> None:
         super().__init__()
         self.activation = config.activation
-        self.fused = config.fused_gelu if possible(config) else Toggle.off
-        self.why_apart = None if self.fused is Toggle.off else why_not()
         hidden = sizes.mlp_width * (2 if config.activation is Activation.swiglu else 1)
         out_std = residual_std(config.init_std, sizes.num_layers)
         self.up = Linear(sizes.width, hidden, bias=config.bias, std=config.init_std)
         self.down = Linear(sizes.mlp_width, sizes.width, bias=config.bias, std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused is not Toggle.off and runs_fused(self.fused, self.why_apart, x):
-            return gelu_mlp(x, self.up, self.down)
         hidden: Tensor = self.up(x)  # (B, S, M), swiglu (B, S, 2M)
         if self.activation is Activation.swiglu:
             gate, value = hidden.chunk(2, dim=-1)  # (B, S, M) each

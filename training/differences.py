@@ -19,7 +19,7 @@ HARMLESS = (
     "train.save_every", "train.keep_last", "train.keep_every", "train.async_save", "train.watchdog_minutes",
     "train.profile_steps",
     "train.micro_batch_size", "train.accumulation_steps",
-    "model.attention", "model.fused", "model.fused_norms", "model.fused_gelu",
+    "model.attention", "model.fused", "model.fused_norms",
     "optim.fused_step",
     "engine.zero_stage", "engine.offload_optimizer", "engine.offload_params", "engine.bucket_size",
     "engine.overlap_comm", "engine.sequence_parallel_size", "engine.recompute", "engine.compile",

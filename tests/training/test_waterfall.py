@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from configs.messages import schema_keys
 from configs.schema import Attention, Precision, Recompute, RunConfig, Toggle
-from model import gelu_products
 from model.flops import parameter_counts
 from tests.training.conftest import run_config
 from training.batch import resolve_batch
@@ -256,10 +255,6 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", (), C.matmul),
         ("void cublasLt::splitKreduce_kernel<32, 16, int>", (), C.matmul),
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", ("aten::mm", "_LinearCrossEntropy"), C.matmul),
-        ("sm90_xmma_gemm_bf16bf16_gelu_tn_n", (), C.matmul),
-        ("nvjet_tst_128x256_gelu_aux", ("flashtrain::linear_gelu",), C.matmul),
-        ("named_anew_dgelu", ("flashtrain::linear_gelu_backward",), C.matmul),
-        ("GeluCUDAKernelImpl", ("aten::gelu", "flashtrain::linear_gelu"), C.activations),
         ("triton_tem_fused_addmm_3", (), C.matmul),
         ("nvjet_tst_128x128", ("aten::bmm", "aten::matmul"), C.attention_forward),
         ("nvjet_tst_128x128", ("aten::bmm", "BmmBackward0", BACKWARD_NODE), C.attention_backward),
@@ -535,20 +530,6 @@ def test_fusions_are_remedies_where_they_are_off() -> None:
         assert ("engine.fuse_weight_gradients",) not in keys_of(kept)
         assert (("model.fused_norms",) in keys_of(kept)) == (config is stage_2)
     assert ("model.fused_norms",) not in keys_of(replace(report, setting=replace(report.setting, on_device=False)))
-
-
-def test_gelu_inside_products_has_no_bytes_and_is_a_remedy_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gelu_products, "why_not", lambda: None)
-    off, auto = example(), example(config=changed(run_config(1), "model", fused_gelu=Toggle.auto))
-    expected = off.time_of(C.activations)
-    assert keys_of(off).get(("model.fused_gelu",), expected) == expected
-    assert ("model.fused_gelu",) not in keys_of(auto)
-    assert C.activations in off.setting.work.least_bytes
-    assert C.activations not in auto.setting.work.least_bytes
-    assert auto.setting.work.flops == off.setting.work.flops
-    monkeypatch.setattr(gelu_products, "why_not", lambda: "no")
-    assert ("model.fused_gelu",) not in keys_of(example())
-    assert C.activations in auto.setting.work.least_bytes
 
 
 def test_a_step_in_passes_is_a_remedy_where_one_kernel_could_make_it() -> None:

@@ -328,22 +328,6 @@ def test_fused_norms_add_to_the_sums(build: Build, stage: int) -> None:
     assert given == {"norm.weight", "norm.bias"}  # the last norm's
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_fused_gelu_adds_to_the_sums(build: Build, stage: int) -> None:
-    """With `model.fused_gelu` the MLP's four gradients are summed in place as the separate layers' are."""
-    config = bf16_config(stage)
-    expected = accumulated(build(config))
-    config.model.fused_gelu = Toggle.on
-    one = build(config)
-    given: set[str] = set()
-    for name, parameter in one.module.named_parameters():
-        parameter.register_hook(lambda gradient, name=name: None if gradient is None else given.add(name))
-    got = accumulated(one)
-    for name, total in got.items():
-        assert (total - expected[name]).abs().max() <= 0.03 * expected[name].abs().max(), name
-    assert not any(".mlp." in name for name in given)
-
-
 GPU_RUN = """
 import json, sys, torch
 from configs.schema import Device, Precision, Toggle

@@ -115,8 +115,6 @@ _BY_OPERATOR: dict[Category, str] = {
     "linalg_vector_norm addcmul lerp random_ randint eye tril triu",
 }
 OPERATORS: dict[str, Category] = {f"aten::{op}": kind for kind, ops in _BY_OPERATOR.items() for op in ops.split()}
-_GELU_PRODUCTS = ("flashtrain::linear_gelu", "flashtrain::linear_gelu_backward")
-OPERATORS.update(dict.fromkeys(_GELU_PRODUCTS, C.matmul))
 """ATen operator -> category, inside the model; inside the optimizer all is optimizer."""
 
 _COMPUTES_NOTHING = (
@@ -157,8 +155,7 @@ def classify_kernel(name: str, kind: str, stack: tuple[str, ...]) -> Category | 
     named = OUR_KERNELS.get(name) or _attention(name, stack)
     if named is not None:
         return named
-    innermost = next((operator for operator in stack if operator in OPERATORS), "")
-    if _MATMUL.search(name) or innermost in _GELU_PRODUCTS:  # whatever the library calls its kernels
+    if _MATMUL.search(name):
         return C.matmul
     return _by_scope(stack) or _by_name(name) or _by_operator(stack)[0]
 

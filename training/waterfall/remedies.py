@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 
 from configs.schema import Attention, Precision, Recompute, Toggle
-from model import gelu_products
 from model.norm_kernel import MAX_WIDTH
 from training.backend import should_fuse_step, should_fuse_weight_gradients
 from training.hardware import table_tflops
@@ -146,15 +145,6 @@ def norms(report: Report) -> Iterator[Remedy]:
         yield Remedy(_above_bandwidth(report, Category.norms), ("model.fused_norms",), text)
 
 
-def gelu(report: Report) -> Iterator[Remedy]:
-    """GELU in passes of its own."""
-    setting, model = report.setting, report.setting.config.model
-    usable = setting.on_device and setting.precision is not Precision.fp32 and gelu_products.possible(model)
-    if usable and not setting.gelu_in_products and gelu_products.why_not() is None:
-        text = f"GELU inside the MLP's products: model.fused_gelu=auto (now {model.fused_gelu.value})"
-        yield Remedy(report.time_of(Category.activations), ("model.fused_gelu",), text)
-
-
 def accumulation(report: Report) -> Iterator[Remedy]:
     """Weight gradients added in passes of their own."""
     setting, engine = report.setting, report.setting.config.engine
@@ -230,7 +220,6 @@ LEVERS: tuple[Callable[[Report], Iterator[Remedy]], ...] = (
     precision,
     loss,
     norms,
-    gelu,
     accumulation,
     step,
     vocabulary,

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from configs.schema import Attention, Precision, RunConfig, Toggle
-from model import gelu_products
+from configs.schema import Attention, Precision, RunConfig
 from training.batch import BatchPlan
 from training.waterfall.names import LABELS, Category
 from training.waterfall.timeline import Account
@@ -51,16 +50,7 @@ class Setting:
             tokens=sequences * self.config.model.sequence_length // self.config.engine.sequence_parallel_size,
             accumulation=self.plan.accumulation_steps,
             world_size=self.world_size,
-            gelu_in_products=self.gelu_in_products,
         )
-
-    @property
-    def gelu_in_products(self) -> bool:
-        """Whether `model.fused_gelu` means that here."""
-        model = self.config.model
-        usable = self.on_device and self.precision is not Precision.fp32 and gelu_products.why_not() is None
-        fused = model.fused_gelu is Toggle.on or (model.fused_gelu is Toggle.auto and usable)
-        return fused and gelu_products.possible(model)
 
 
 @dataclass(frozen=True)

@@ -47,19 +47,9 @@ class Work:
 
 
 def work_of(
-    model: ModelConfig,
-    engine: EngineConfig,
-    precision: Precision,
-    *,
-    tokens: int,
-    accumulation: int,
-    world_size: int,
-    gelu_in_products: bool = False,
+    model: ModelConfig, engine: EngineConfig, precision: Precision, *, tokens: int, accumulation: int, world_size: int
 ) -> Work:
-    """The work of one step: this rank's `tokens` tokens in `accumulation` micro-batches; `model` has its vocabulary.
-
-    With `gelu_in_products` (`model.gelu_products`) no pass over memory is left for the activation.
-    """
+    """The work of one step: this rank's `tokens` tokens in `accumulation` micro-batches; `model` has its vocabulary."""
     per_token = flops_per_token(model)
     flops = {
         Category.matmul: tokens * per_token.matmul,
@@ -68,8 +58,6 @@ def work_of(
     }
     element = ELEMENT_BYTES[precision]
     least = {kind: float(tokens * element * count) for kind, count in _activation_elements(model).items()}
-    if gelu_in_products:
-        del least[Category.activations]
     fused = should_fuse_weight_gradients(engine, precision)
     least |= _weight_bytes(model, engine, element, accumulation, world_size, fused)
     if engine.sequence_parallel_size > 1:

@@ -178,9 +178,9 @@ BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
 }
 """Padded head dim -> backward tile."""
 
-FIRST_STORES_KEYS = 2048
-"""H100, D = 128, TFLOP/s with the first key block's dQ stored and added: causal 210 and 182 at S = 512, 433 and 409 at
-2k, 610 and 599 at 16k, there within the noise; with more key blocks than CTAs in flight the later ones wait."""
+FIRST_STORES_KEYS = 4096
+"""H100, 16k tokens, TFLOP/s with the first key block's dQ stored, and added: D = 128, causal 324 and 299 at S = 1k, 535 and
+525 at 4k, 592 and 590 at 8k; with many more key blocks than CTAs in flight the later ones would wait."""
 
 FORWARD_L2_BUDGET_BYTES = 32 * 2**20
 """What K and V of one section of heads may take of the 50 MB of L2 (H100)."""
