@@ -179,7 +179,7 @@ BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
 """Padded head dim -> backward tile."""
 
 FIRST_STORES_KEYS = 4096
-"""H100, 16k tokens, TFLOP/s with the first key block's dQ stored, and added: D = 128, causal 324 and 299 at S = 1k, 535 and
+"""H100, 16k tokens, TFLOP/s with the first key block's dQ stored, and added: D = 128, causal 324 and 299 at 1k, 535 and
 525 at 4k, 592 and 590 at 8k; with many more key blocks than CTAs in flight the later ones would wait."""
 
 FORWARD_L2_BUDGET_BYTES = 32 * 2**20
