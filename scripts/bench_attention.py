@@ -284,8 +284,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compile-processes",
         type=int,
         default=min(8, max(1, len(os.sched_getaffinity(0)) // 2)),
-        help="processes that compile flex for all cells first; 0: compile each when its turn comes (default: half the "
-        "processors, at most 8)",
+        help="processes that compile flex for all cells first; below 2: each is compiled in its turn (default: half "
+        "the processors, at most 8)",
     )
     parser.add_argument(
         "--once",
@@ -332,7 +332,7 @@ def _default_implementations(args: argparse.Namespace) -> tuple[str, ...]:
 def compile_ahead(args: argparse.Namespace, console: Console) -> None:
     """FlexAttention's kernels for all cells, where there are several; a failure is said and costs only time."""
     problems = [(cell, direction) for cell in plan(args)[0] for direction in args.directions]
-    if "flex" not in args.implementations or args.compile_processes < 1 or len(problems) < 2:
+    if "flex" not in args.implementations or args.compile_processes < 2 or len(problems) < 2:
         return
     start = time.perf_counter()
     failures = compile_flex_ahead(problems, args.device, args.dtype, args.compile_processes)

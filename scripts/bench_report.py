@@ -41,12 +41,10 @@ def table_of(results: Sequence[Result], unit: str = "TFLOP/s") -> Table:
 
 
 def cost_table(costs: Sequence[Cost]) -> Table:
-    """A row per cell that has a dense one, a column per implementation and direction."""
+    """A row per cell that has a dense one, a column per implementation and direction: the time ratio over ``blocks``,
+    the ratio of the blocks that must be visited."""
     columns = list(dict.fromkeys((c.direction, c.implementation) for c in costs))
-    table = Table(
-        title="Cost of a block: (time / time of the dense cell) / (blocks / blocks of the dense cell)",
-        title_justify="left",
-    )
+    table = Table(title="Cost of a block of scores, the dense cell's = 1", title_justify="left")
     table.add_column("cell")
     table.add_column("beside")
     table.add_column("blocks", justify="right")

@@ -391,3 +391,16 @@ def test_switches_that_do_not_go_together(args: list[str], message: str, capsys:
     with pytest.raises(SystemExit):
         bench.main([*TINY, *args])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_profiler_sees_the_call_alone(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronize"))
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: seen.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: seen.append("stop"))
+    with pytest.raises(RuntimeError, match="no") if fails else contextlib.nullcontext(), bench.profiled("cuda"):
+        seen.append("call")
+        if fails:
+            raise RuntimeError("no")
+    assert seen == ["synchronize", "start", "call", *([] if fails else ["synchronize"]), "stop"]
