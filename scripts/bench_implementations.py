@@ -43,20 +43,11 @@ def forced_path(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
-    """The Hopper path's tile tables with these fields changed for every width."""
+def restored(tables: Sequence[dict[Any, Any]]) -> Iterator[None]:
+    """Tile tables that may be changed, as they were before afterwards. What was planned for others is forgotten."""
     from kernels.attention import op
-    from kernels.attention.hopper import tuning
 
-    tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
-    known = {f.name for table in tables for tile in table.values() for f in dataclasses.fields(tile)}
-    if unknown := set(changes) - known:
-        raise ValueError(f"hopper has no tile parameter {sorted(unknown)}; it has {sorted(known)}")
     before = [dict(table) for table in tables]
-    for table in tables:
-        for width, tile in table.items():
-            mine = {k: v for k, v in changes.items() if hasattr(tile, k)}
-            table[width] = dataclasses.replace(tile, **mine)
     op.forget()
     try:
         yield
@@ -67,10 +58,26 @@ def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
+    """The Hopper path's tile tables with these fields changed for every width."""
+    from kernels.attention.hopper import tuning
+
+    tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
+    known = {f.name for table in tables for tile in table.values() for f in dataclasses.fields(tile)}
+    if unknown := set(changes) - known:
+        raise ValueError(f"hopper has no tile parameter {sorted(unknown)}; it has {sorted(known)}")
+    with restored(tables):
+        for table in tables:
+            for width, tile in table.items():
+                mine = {f.name: changes[f.name] for f in dataclasses.fields(tile) if f.name in changes}
+                table[width] = dataclasses.replace(tile, **mine)
+        yield
+
+
+@contextlib.contextmanager
 def portable_tiles(changes: dict[str, Any]) -> Iterator[None]:
     """The portable path's tile tables with these fields, ``<forward | dq | dkdv>_<field of Tile>``, changed for every
     width and architecture."""
-    from kernels.attention import op
     from kernels.attention.portable import tuning
 
     tables = (tuning.HOPPER, tuning.AMPERE, tuning.DROPOUT)
@@ -78,18 +85,12 @@ def portable_tiles(changes: dict[str, Any]) -> Iterator[None]:
     known = {f"{kernel}_{field}": (kernel, field) for kernel in tuning.HOPPER for field in fields}
     if unknown := set(changes) - set(known):
         raise ValueError(f"portable has no tile parameter {sorted(unknown)}; it has {sorted(known)}")
-    before = [dict(table) for table in tables]
-    for table in tables:
-        for name, value in changes.items():
-            kernel, field = known[name]
-            table[kernel] = tuple(dataclasses.replace(tile, **{field: value}) for tile in table[kernel])
-    op.forget()
-    try:
+    with restored(tables):
+        for table in tables:
+            for name, value in changes.items():
+                kernel, field = known[name]
+                table[kernel] = tuple(dataclasses.replace(tile, **{field: value}) for tile in table[kernel])
         yield
-    finally:
-        for table, old in zip(tables, before, strict=True):
-            table.update(old)
-        op.forget()
 
 
 TILES: dict[str, Callable[[dict[str, Any]], contextlib.AbstractContextManager[None]]] = {

@@ -104,6 +104,8 @@ def measure(args: argparse.Namespace) -> list[CompileReport]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     reports = measure(args)
+    if missing := sorted(set(args.names or ()) - {report.case for report in reports}):
+        sys.exit(f"no case {missing} in {' '.join(args.provider)}, or not of this selection")
     if args.update_budget:
         everything = not (args.names or args.quick or args.archs) and args.provider == list(PROVIDERS)
         save_budget({**({} if everything else load_budget()), **budget_of(reports)})  # a full run drops stale entries

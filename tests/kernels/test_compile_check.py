@@ -26,6 +26,7 @@ from kernels.compile_check import (
     parse_ptxas_log,
     save_budget,
 )
+from scripts.compile_check import main
 
 PROVIDER = "tests.kernels.test_compile_check:demo_cases"
 
@@ -122,9 +123,11 @@ def test_names_archs_and_quick_select() -> None:
     assert [r.key for r in compile_provider(PROVIDER, names=["no_hgmma"])] == ["no_hgmma sm_90"]
 
 
-def test_unknown_case_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="has no case"):
-        compile_provider(PROVIDER, names=["typo"])
+def test_a_name_may_be_of_any_provider_but_must_be_of_one() -> None:
+    """Of two providers, one has the first name and neither the other."""
+    providers = ["--provider", PROVIDER, "training.adamw_kernel:compile_cases", "--archs", "90"]
+    with pytest.raises(SystemExit, match=r"no case \['typo'\]"):
+        main([*providers, "--names", "clean", "typo"])
 
 
 def test_works_from_an_interpreting_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The choice of a path and of tiles: pure functions of the problem."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -119,6 +120,32 @@ def test_sections_on_hopper() -> None:
     assert sections(2**30, 16, 1, 132) == 1
     assert sections(2**16, 96, 4, 132, multiple=8) == 40
     assert sections(2**16, 6, 4, 132, multiple=6) == 6
+
+
+@pytest.mark.parametrize(
+    ("width", "keys", "left", "right", "block_m"),
+    [
+        (64, 512, False, False, 192),
+        (64, 4095, False, True, 128),
+        (64, 4096, False, True, 192),
+        (64, 8192, True, True, 128),
+        (64, 8192, True, False, 128),
+        (128, 16384, False, False, 128),
+        (256, 16384, False, True, 128),
+    ],
+)
+def test_forward_tiles_on_hopper(width: int, keys: int, left: bool, right: bool, block_m: int) -> None:
+    """Tall where rows have much to do: full attention, and causal from 4,096 keys; never in a window."""
+    assert tuning.forward_tile(width, keys, left, right).block_m == block_m
+
+
+def test_first_key_blocks_store_in_short_calls() -> None:
+    tile = tuning.BACKWARD[128]
+    assert tile.stores_first(4096)
+    assert not tile.stores_first(4097)
+    assert dataclasses.replace(tile, first_stores=True).stores_first(10**6)
+    assert not dataclasses.replace(tile, first_stores=False).stores_first(1)
+    assert not tuning.BACKWARD[256].stores_first(1)
 
 
 def test_forced_path_reaches_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:

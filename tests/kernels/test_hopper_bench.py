@@ -125,6 +125,19 @@ def test_path_and_tiles_are_forced_and_restored(monkeypatch: pytest.MonkeyPatch)
     assert before == (tuning.FORWARD, tuning.BACKWARD)
 
 
+def test_a_field_of_one_kernel_leaves_the_others_and_a_wrong_value_leaves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward's block_n is no field; two Q blocks are needed by pairs, so one is refused halfway through."""
+    before = dict(tuning.FORWARD), dict(tuning.FORWARD_TALL), dict(tuning.BACKWARD)
+    _, context = bench.parse_implementation("hopper[block_n=64]")
+    with context():
+        assert {tile.block_n for tile in tuning.FORWARD.values()} == {64}
+        assert before[2] == tuning.BACKWARD
+    _, context = bench.parse_implementation("hopper[q_stages=1]")
+    with pytest.raises(ValueError, match="q_stages is 1"), context():
+        pass
+    assert before == (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
+
+
 def test_portable_tiles_are_changed_for_one_kernel_and_restored() -> None:
     before = [dict(t) for t in (portable_tuning.HOPPER, portable_tuning.AMPERE, portable_tuning.DROPOUT)]
     _, context = bench.parse_implementation("portable[forward_block_n=64,forward_max_registers=null,dkdv_num_stages=4]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,6 +29,7 @@ from training.distributed import Processes
 from training.engine import Engine, StepResult, build_engine
 
 SEQUENCE, VOCAB = 16, 61
+Build = Callable[[RunConfig], Engine]
 
 
 @dataclass
@@ -172,3 +173,17 @@ def processes() -> Iterator[Processes]:
     yield alone
     gc.unfreeze()
     alone.close()
+
+
+@pytest.fixture
+def build(processes: Processes) -> Iterator[Build]:
+    """Makes engines that are closed after the test."""
+    made: list[Engine] = []
+
+    def make(config: RunConfig) -> Engine:
+        made.append(make_engine(config, processes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

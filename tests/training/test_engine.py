@@ -6,7 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from configs.errors import UserError
 from configs.schema import Precision, Recompute, RunConfig, Toggle
 from model import GPT, build_model
 from tests.training.conftest import (
+    Build,
     Micro,
     Reference,
     distance,
     equal,
     make_batch,
-    make_engine,
     masters,
     run_config,
     state_of,
@@ -43,22 +43,6 @@ OFFLOADED: list[tuple[int, dict[str, bool]]] = [
     (3, {"offload_optimizer": True, "offload_params": True}),
 ]
 ALL_LAYOUTS: list[tuple[int, dict[str, bool]]] = [(stage, {}) for stage in STAGES] + OFFLOADED
-
-Build = Callable[[RunConfig], Engine]
-
-
-@pytest.fixture
-def build(processes: Processes) -> Iterator[Build]:
-    """Makes engines that are closed after the test."""
-    made: list[Engine] = []
-
-    def make(config: RunConfig) -> Engine:
-        made.append(make_engine(config, processes))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def parameters(one: Reference) -> dict[str, Tensor]:

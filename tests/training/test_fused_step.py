@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.errors import UserError
 from configs.schema import Precision, RunConfig, Toggle
-from tests.training.conftest import equal, make_batch, make_engine, masters, run_config, state_of, train
+from tests.training.conftest import Build, equal, make_batch, masters, run_config, state_of, train
 from tests.training.driver import Driver, Job
 from tests.training.test_resume_engine import KILLED, content, log, losses
 from training import checkpoint
 from training.adamw_kernel import BLOCK, CPU_BLOCK, Scalars, adamw_step_, scalars_of, update
 from training.backend import should_fuse_step
-from training.distributed import Processes
 from training.engine import Engine
 from training.optimizer import update_in_one_kernel
 from training.state import TrainState
@@ -32,22 +31,6 @@ WHOLE = BLOCK if DEVICE == "cuda" else CPU_BLOCK
 SIZES = (1, 37, WHOLE, 2 * WHOLE + 5)
 HALF_ULP = 2.0**-24
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels don't run on a CPU")
-
-Build = Callable[[RunConfig], Engine]
-
-
-@pytest.fixture
-def build(processes: Processes) -> Iterator[Build]:
-    """Makes engines that are closed after the test."""
-    made: list[Engine] = []
-
-    def make(config: RunConfig) -> Engine:
-        made.append(make_engine(config, processes))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def state_at(step: int, size: int, spread: float = 1.0) -> dict[str, Tensor]:

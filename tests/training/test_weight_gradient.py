@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,11 @@ from model.init import Embedding, Linear
 from model.loss import Head
 from model.weight_gradient import add_weight_gradient_
 from tests.ranks import on_ranks
-from tests.training.conftest import Reference, make_batch, make_engine, make_model, run_config, train
+from tests.training.conftest import Build, Reference, make_batch, make_engine, make_model, run_config, train
 from training import distributed
-from training.distributed import Processes
 from training.engine import Engine
 
-Build = Callable[[RunConfig], Engine]
 STAGES = (0, 1)
-
-
-@pytest.fixture
-def build(processes: Processes) -> Iterator[Build]:
-    """Makes engines that are closed after the test."""
-    made: list[Engine] = []
-
-    def make(config: RunConfig) -> Engine:
-        made.append(make_engine(config, processes))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def bf16_config(stage: int, accumulation: int = 2, fuse: Toggle = Toggle.on, **engine: Any) -> RunConfig:
