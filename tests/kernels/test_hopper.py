@@ -143,7 +143,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adding": {"first_stores": False},
     "plain": {"named": False, "pairs": False, "kv_registers": False},
     "named": {"named": True, "q_stages": 3, "do_stages": 3},
-    "ahead": {"named": True, "ahead": True, "q_stages": 3},
     "pairs": {"pairs": True, "named": True},
     "pairs, K and V in registers": {"pairs": True, "kv_registers": True, "named": False},
 }
@@ -153,7 +152,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for width, tile in tuning.BACKWARD.items():
         if width == 64 or (width == 128 and variant in ("named", "adding")):
-            plain = tile if variant == "adding" else tuning.BackwardTile(2, 2, lookahead=False)
+            plain = tile if variant == "adding" else tuning.BackwardTile(2, 2)
             monkeypatch.setitem(tuning.BACKWARD, width, replace(plain, **VARIANTS[variant]))
 
 
@@ -228,8 +227,8 @@ def test_three_warpgroups_and_shared_output_buffer(
 
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize("stages", [(1, 1), (2, 2), (3, 1), (2, 3)])
-def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every depth of the rings, with and without lookahead, to the bit: the sums are formed in the same order."""
+def test_backward_rings(stages: tuple[int, int], emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every depth of the rings, to the bit: the sums are formed in the same order."""
     case = Case(((500, 140),), heads=6, heads_k=2, right=0)
     q, k, v, dout, params, extras = inputs(case)
     out, lse = hopper.forward(q, k, v, params, extras, {})
@@ -239,13 +238,11 @@ def test_backward_rings_and_lookahead(stages: tuple[int, int], emulated: None, m
         hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
         return grads
 
-    monkeypatch.setitem(tuning.BACKWARD, 64, tuning.BackwardTile(2, 2, lookahead=False))
+    monkeypatch.setitem(tuning.BACKWARD, 64, tuning.BackwardTile(2, 2))
     want = gradients()
-    for variant in ("", "lookahead", "ahead") if stages[0] > 1 else ("",):
-        tile = tuning.BackwardTile(*stages, lookahead=variant == "lookahead", ahead=variant == "ahead")
-        monkeypatch.setitem(tuning.BACKWARD, 64, tile)
-        for a, b in zip(gradients(), want, strict=True):
-            assert torch.equal(a, b)
+    monkeypatch.setitem(tuning.BACKWARD, 64, tuning.BackwardTile(*stages))
+    for a, b in zip(gradients(), want, strict=True):
+        assert torch.equal(a, b)
 
 
 @NEEDS_INTERPRETER
@@ -294,7 +291,7 @@ def test_rings_of_query_pairs(
     out, lse = hopper.forward(q, k, v, params, extras, {})
     grads = [[torch.empty_like(t) for t in (q, k, v)] for _ in range(2)]
     hopper.backward(dout, q, k, v, out, lse, None, *grads[0], params, extras, {})
-    tile = tuning.BackwardTile(*stages, lookahead=False, named=named, pairs=True)
+    tile = tuning.BackwardTile(*stages, named=named, pairs=True)
     monkeypatch.setitem(tuning.BACKWARD, 64, tile)
     hopper.backward(dout, q, k, v, out, lse, None, *grads[1], params, extras, {})
     torch.testing.assert_close(grads[1][0], grads[0][0], atol=0.02, rtol=0.02)
@@ -405,22 +402,18 @@ def test_impossible_wide_tiles_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"q_stages": 1, "lookahead": True}, "q_stages"),
         ({"q_stages": 1, "pairs": True}, "q_stages"),
-        ({"pairs": True, "lookahead": True}, "exclude"),
-        ({"q_stages": 1, "ahead": True}, "q_stages"),
         ({"kv_registers": True}, "pairs"),
         ({"named": True, "do_stages": 4}, "named"),
     ],
 )
 def test_impossible_backward_tiles_are_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        tuning.BackwardTile(**({"q_stages": 2, "do_stages": 2, "lookahead": False} | change))
+        tuning.BackwardTile(**({"q_stages": 2, "do_stages": 2} | change))
 
 
-@pytest.mark.parametrize("field", ["pairs", "ahead"])
-def test_more_queries_at_head_dim_128_are_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.BACKWARD, 128, replace(tuning.BACKWARD[128], **{field: True}))
+def test_more_queries_at_head_dim_128_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tuning.BACKWARD, 128, replace(tuning.BACKWARD[128], pairs=True))
     q, k, v, dout, params, extras = inputs(Case(((100, 100),), head_dim=128))
     with pytest.raises(ValueError, match="head dims up to 64"):
         launch._plan_backward(

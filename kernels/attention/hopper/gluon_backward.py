@@ -296,11 +296,11 @@ def hand_over(dq, dq_buf, dq_full, dq_empty, step, D: gl.constexpr, NAMED: gl.co
 
 
 @gluon.jit
-def scores(step, k_left, q_buf, q_full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr):
-    """Sᵀ [BN, 64] of the first 64 queries of a step, unfinished, once Q is there."""
+def scores(step, k_left, q_buf, q_full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Sᵀ [BN, 64] of the first half of a pair, unfinished, once Q is there."""
     TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
     mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
-    q = q_buf.index(HALVES * (step % STAGES)).reshape((64, D)).permute((1, 0))
+    q = q_buf.index(2 * (step % STAGES)).reshape((64, D)).permute((1, 0))
     return warpgroup_mma(k_left, q, gl.zeros((BN, 64), gl.float32, TL), use_acc=False, is_async=True)
 
 
@@ -316,58 +316,14 @@ def probabilities(
 
 
 @gluon.jit
-def query_block_ahead(
-    step, last, mb, s, dk, dv, bufs, bars, place, scale_log2,
-    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, NAMED: gl.constexpr,
-):  # fmt: skip
-    """As ``query_block``, but takes S and returns the next block's, both finished: it runs while dQ is handed over. The
-    last block issues its own S again, for nobody: under a branch it would serialise the products."""
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
-    q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
-    DTYPE: gl.constexpr = k_buf.dtype
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
-    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
-    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
-    COL: gl.constexpr = gl.SliceLayout(0, TL)
-    k = k_buf.reshape((BN, D))
-    q_stage = step % STAGES
-    do_stage = step % DO_STAGES
-    q = q_buf.index(q_stage).reshape((64, D))
-    do = do_buf.index(do_stage).reshape((64, D))
-    zero_t = gl.zeros((BN, 64), gl.float32, TL)
-    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
-    dp = warpgroup_mma(v_buf.reshape((BN, D)), do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-    p = probabilities(s, lse_buf.index(q_stage), mb * 64, place, scale_log2, BN, LEFT, RIGHT, TL)
-    dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), AL), do, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=(dp,))
-    delta = delta_buf.index(do_stage).reshape((64,)).load(COL)
-    ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
-    ds_buf.permute((1, 0)).store(ds)
-    fence_async_shared()
-    partition_barrier()  # both warpgroups' halves of dS are there
-    dq = warpgroup_mma(ds_buf, k, gl.zeros((64, D), gl.float32, QL), use_acc=False, is_async=True)
-    dk = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
-    s_next = scores(gl.minimum(step + 1, last), k, q_buf, q_full, BN, D, STAGES, 1)
-    dv, dq = warpgroup_mma_wait(2, deps=(dv, dq))
-    release(do_empty, do_stage, DO_BARRIER, NAMED)
-    hand_over(dq, dq_buf, dq_full, dq_empty, step, D, NAMED)
-    dk, s_next = warpgroup_mma_wait(0, deps=(dk, s_next))
-    release(q_empty, q_stage, Q_BARRIER, NAMED)
-    return s_next, dk, dv
-
-
-@gluon.jit
 def query_block(
     step, mb, dk, dv, bufs, bars, place, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, FIRST: gl.constexpr, NAMED: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Adds one query block to dK and dV and hands its dQ over; returns (dK, dV).
 
     S, dP | P while dP runs | dV issued | dS and its store while dV runs | dQ, dK issued | dQ handed over while dK runs.
-    LOOKAHEAD: dK is returned unfinished, and finished (for all blocks but the FIRST) behind S of the next block.
     """
     q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
     q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
@@ -388,9 +344,6 @@ def query_block(
     do = do_buf.index(do_stage).reshape((BM, D))
     mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
     s = warpgroup_mma(k, q.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-    if LOOKAHEAD and not FIRST:
-        dk = warpgroup_mma_wait(1, deps=(dk,))
-        release(q_empty, (step - 1) % STAGES, Q_BARRIER, NAMED)
     mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
     dp = warpgroup_mma(v, do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -413,12 +366,9 @@ def query_block(
     release(do_empty, do_stage, DO_BARRIER, NAMED)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     hand_over(dq, dq_buf, dq_full, dq_empty, step, D, NAMED)
-    if LOOKAHEAD:
-        return dk_next, dv
-    else:
-        dk = warpgroup_mma_wait(0, deps=(dk_next,))
-        release(q_empty, q_stage, Q_BARRIER, NAMED)
-        return dk, dv
+    dk = warpgroup_mma_wait(0, deps=(dk_next,))
+    release(q_empty, q_stage, Q_BARRIER, NAMED)
+    return dk, dv
 
 
 @gluon.jit
@@ -477,7 +427,7 @@ def query_pair(
 
     zero_q = gl.zeros((128, D), gl.float32, KL)
     dq = warpgroup_mma(ds_buf, k_buf.reshape((BN, D)), zero_q, use_acc=False, is_async=True)
-    s_next = scores(gl.minimum(step + 1, last), k_left, q_buf, q_full, BN, D, STAGES, 2)
+    s_next = scores(gl.minimum(step + 1, last), k_left, q_buf, q_full, BN, D, STAGES)
     dk, dv, dq = warpgroup_mma_wait(1, deps=(dk, dv, dq))
     release(do_empty, do_stage, DO_BARRIER, NAMED)
     release(q_empty, q_stage, Q_BARRIER, NAMED)
@@ -508,7 +458,7 @@ def query_pairs(
         v_left = v_left.load(LEFT_OPERAND)
     kv = (k_left, v_left)
     blocks = hi - lo
-    s = warpgroup_mma_wait(0, deps=(scores(0, k_left, q_buf, q_full, BN, D, STAGES, 2),))
+    s = warpgroup_mma_wait(0, deps=(scores(0, k_left, q_buf, q_full, BN, D, STAGES),))
     for step in range(steps):
         mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
         s, dk, dv = query_pair(
@@ -522,8 +472,8 @@ def query_pairs(
 def backward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-    FIRST_STORES: gl.constexpr, NAMED: gl.constexpr, AHEAD: gl.constexpr, PAIRS: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    FIRST_STORES: gl.constexpr, NAMED: gl.constexpr, PAIRS: gl.constexpr,
     KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
@@ -561,35 +511,11 @@ def backward_consumer(
                     dk, dv, lo, hi, steps, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
                     FIRST_STORES, NAMED, KV_REGISTERS,
                 )  # fmt: skip
-        elif AHEAD:
-            if steps > 0:
-                s = warpgroup_mma_wait(0, deps=(scores(0, k, bufs[0], bars[0], BN, D, STAGES, 1),))
-                for step in range(steps):
-                    mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
-                    s, dk, dv = query_block_ahead(
-                        step, steps - 1, mb, s, dk, dv, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT,
-                        RIGHT, NAMED,
-                    )  # fmt: skip
-        elif LOOKAHEAD:
-            if steps > 0:
-                mb = visit(lo, lo, hi, FIRST_STORES)
-                dk_next, dv = query_block(
-                    0, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, True, True,
-                    NAMED,
-                )  # fmt: skip
-                for step in range(1, steps):
-                    mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
-                    dk_next, dv = query_block(
-                        step, mb, dk_next, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
-                        True, False, NAMED,
-                    )  # fmt: skip
-                dk = warpgroup_mma_wait(0, deps=(dk_next,))
         else:
             for step in range(steps):
                 mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
                 dk, dv = query_block(
-                    step, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, False,
-                    False, NAMED,
+                    step, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, NAMED,
                 )  # fmt: skip
         # K and V are dead, once both warpgroups' products are done: their buffers stage dK and dV.
         partition_barrier()
@@ -619,9 +545,9 @@ def backward_kernel(
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr, NAMED: gl.constexpr,
-    AHEAD: gl.constexpr, PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
+    PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -662,7 +588,7 @@ def backward_kernel(
     window = (wl, wr)
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT, LOOKAHEAD, FIRST_STORES, NAMED, AHEAD, PAIRS, KV_REGISTERS)),
+                             VARLEN, LEFT, RIGHT, FIRST_STORES, NAMED, PAIRS, KV_REGISTERS)),
         (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
                              FIRST_STORES, PDL, NAMED)),
         (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, FIRST_STORES,

@@ -470,8 +470,8 @@ def _plan_main(
 ) -> Launch:  # fmt: skip
     tile = tuning.BACKWARD[call.width]
     block_n = tile.block_n
-    if isinstance(tile, tuning.BackwardTile) and (tile.pairs or tile.ahead) and call.width != 64:
-        raise ValueError(f"pairs and ahead are for head dims up to 64 (registers), this one is {call.head_dim}")
+    if isinstance(tile, tuning.BackwardTile) and tile.pairs and call.width != 64:
+        raise ValueError(f"pairs are for head dims up to 64 (registers), this one is {call.head_dim}")
     num_tiles = bound * call.num_heads_k
     group = call.num_heads // call.num_heads_k
     names = ("lse_desc", "delta_desc", "dq_desc")

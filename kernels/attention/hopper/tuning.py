@@ -47,8 +47,6 @@ class BackwardTile:
     """Depth of the Q ring."""
     do_stages: int
     """Depth of the dO ring."""
-    lookahead: bool
-    """dK of one block is finished behind S of the next; needs registers that only D = 64 leaves."""
     first_stores: bool | None = None
     """The first key block that sees a query block stores its dQ, so that the sums need no zeroing: 4 bytes less to
     write per element of Q, and the later key blocks wait for the first. Deterministic calls always do this. None: up
@@ -60,8 +58,6 @@ class BackwardTile:
     named: bool = False
     """Consumers release stages and hand dQ over through named barriers, where nobody waits for the other warps."""
 
-    ahead: bool = False
-    """S of the next block runs while dQ of this one is handed over. D = 64 only, for want of registers."""
     pairs: bool = False
     """128 queries at a time, in two halves that run into each other: the warpgroups meet half as often, and one half's
     products run during the other's softmax. D = 64 only, for want of registers."""
@@ -79,21 +75,15 @@ class BackwardTile:
     def __post_init__(self) -> None:
         if self.kv_registers and not self.pairs:
             raise ValueError("kv_registers is a variant of pairs")
-        if self.pairs + self.lookahead + self.ahead > 1:
-            raise ValueError("pairs, lookahead and ahead exclude each other")
-        if (self.pairs or self.ahead) and self.q_stages < 2:
-            raise ValueError(f"pairs and ahead keep two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
+        if self.pairs and self.q_stages < 2:
+            raise ValueError(f"pairs keep two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
         if self.named and max(self.q_stages, self.do_stages) > 3:
             raise ValueError(f"named barriers serve rings of 3, got {self.q_stages} and {self.do_stages} stages")
-        if self.lookahead and self.q_stages < 2:
-            raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
     def constants(self) -> dict[str, int]:
         """What only this kernel is compiled for."""
         return {
-            "LOOKAHEAD": self.lookahead,
             "NAMED": self.named,
-            "AHEAD": self.ahead,
             "PAIRS": self.pairs,
             "KV_REGISTERS": self.kv_registers,
         }
@@ -171,8 +161,8 @@ TALL_KEYS = 4096
 
 BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     # K and V from registers: +10 to 18 % on an H100; under Triton 3.9 they spill.
-    64: BackwardTile(2, 2, lookahead=False, named=True, pairs=True, kv_registers=TRITON < (3, 9)),
-    128: BackwardTile(q_stages=2, do_stages=2, lookahead=False, named=True),
+    64: BackwardTile(2, 2, named=True, pairs=True, kv_registers=TRITON < (3, 9)),
+    128: BackwardTile(2, 2, named=True),
     # 225 of 227 KB: with one dO stage, 32 KB more would be there for dQ.
     256: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=32, dq_stages=2),
 }

@@ -300,11 +300,10 @@ def launch_variants() -> Iterator[Check]:
         case = Case(700, 700, 128, 4, 2, batch=3, dtype=BF16, options=options)
         yield f"adding {case}", lambda case=case: with_tile(tuning.BACKWARD, 128, adding, check_dense, case)
     for backward_tile in (
-        tuning.BackwardTile(3, 3, lookahead=False),
-        tuning.BackwardTile(2, 2, lookahead=True),
-        tuning.BackwardTile(2, 2, lookahead=False, first_stores=True),
-        tuning.BackwardTile(2, 2, lookahead=False, pdl=True),
-        tuning.BackwardTile(2, 2, lookahead=False, first_stores=True, pdl=True),
+        tuning.BackwardTile(3, 3),
+        tuning.BackwardTile(2, 2, first_stores=True),
+        tuning.BackwardTile(2, 2, pdl=True),
+        tuning.BackwardTile(2, 2, first_stores=True, pdl=True),
     ):
         yield f"{backward_tile}", lambda tile=backward_tile: with_tile(tuning.BACKWARD, 64, tile, check_dense, case)
 
@@ -314,10 +313,6 @@ BACKWARD_VARIANTS: dict[str, list[tuple[int, dict[str, Any]]]] = {
         (64, {"named": True}),
         (128, {"named": True}),
         (64, {"named": True, "q_stages": 3, "do_stages": 3}),
-    ],
-    "ahead": [
-        (64, {"named": True, "ahead": True, "q_stages": 3}),
-        (64, {"named": True, "lookahead": True, "q_stages": 3}),
     ],
     "pairs": [
         (64, {"pairs": True, "named": True}),
@@ -330,7 +325,7 @@ BACKWARD_VARIANTS: dict[str, list[tuple[int, dict[str, Any]]]] = {
 
 def backward_variants(group: str) -> Iterator[Check]:
     """Every walk, ring phase and mask, and 20 equal runs of each."""
-    common = {"q_stages": 2, "do_stages": 2, "lookahead": False}
+    common = {"q_stages": 2, "do_stages": 2}
     fixed = {"deterministic": True}
     for width, fields in BACKWARD_VARIANTS[group]:
         tile = tuning.BackwardTile(**(common | fields))
