@@ -139,6 +139,19 @@ def check_that_a_descriptor_is_encoded_once(fake: FakeCuda) -> None:
     relaunch.MAX_MAPS = limit
 
 
+def check_that_other_alignments_go_another_way(fake: FakeCuda) -> None:
+    """What was compiled for pointers that are multiples of 16 must not be started on others."""
+    launch, given = known_forward()
+    lse = given[4]
+    odd = torch.zeros(lse.numel() + 1)[1:].view(lse.shape)
+    assert launch._aligned is not None
+    before = fake.launches
+    assert not launch._aligned.start([*given[:4], odd, given[5]])
+    assert fake.launches == before
+    launch(*given[:4], odd, given[5])
+    assert fake.launches == before + 1
+
+
 def check_that_hooks_are_heard(fake: FakeCuda) -> None:
     from triton import knobs
 
@@ -203,6 +216,7 @@ def main() -> None:
         for check in (
             check_that_replays_hand_over_the_same_bytes,
             check_that_a_descriptor_is_encoded_once,
+            check_that_other_alignments_go_another_way,
             check_that_hooks_are_heard,
             check_that_an_unknown_triton_launches_its_own_way,
             check_that_little_python_runs,

@@ -161,7 +161,8 @@ def test_a_late_sigusr1_does_not_end_a_process_that_is_done() -> None:
     try:
         with Interrupts(last=True):
             pass
-        _send(signal.SIGUSR1)  # by default it would end this process
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN  # its default action would end this process
+        _send(signal.SIGUSR1)
     finally:
         signal.signal(signal.SIGUSR1, before)
 
