@@ -164,28 +164,32 @@ def run_once(args: argparse.Namespace, console: Console) -> int:
 
 
 def measure_memory(cell: Cell, args: argparse.Namespace) -> list[MemoryResult]:
-    results = []
-    for spec in args.implementations:
-        attention, context = parse_implementation(spec)
-        if spec == "standard" and cell.score_bytes() > STANDARD_LIMIT_BYTES:
-            continue
-        q, k, v = (torch.randn(cell.shape, device=args.device, dtype=args.dtype, requires_grad=True) for _ in range(3))
-        saved: dict[int, int] = {}
+    """Of each implementation that has room, one forward and backward pass."""
+    fitting = [s for s in args.implementations if s != "standard" or cell.score_bytes() <= STANDARD_LIMIT_BYTES]
+    return [memory_of(spec, cell, args) for spec in fitting]
 
-        def keep(t: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
 
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        with context(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out = attention(q, k, v, cell)
-            out.backward(torch.ones_like(out))
-        peak = torch.cuda.max_memory_allocated() - before if args.device == "cuda" else None
-        results.append(MemoryResult(spec, cell.seqlen, sum(saved.values()), peak))
-    return results
+def memory_of(spec: str, cell: Cell, args: argparse.Namespace) -> MemoryResult:
+    """Bytes that the forward pass saves, q, k, v among them, and at the peak beyond them: out, its gradient, dq, dk and
+    dv too. Everything is let go on return: what one implementation leaves must not count as there before the next."""
+    attention, context = parse_implementation(spec)
+    q, k, v = (torch.randn(cell.shape, device=args.device, dtype=args.dtype, requires_grad=True) for _ in range(3))
+    saved: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    before = 0
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with context(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = attention(q, k, v, cell)
+        out.backward(torch.ones_like(out))
+    peak = torch.cuda.max_memory_allocated() - before if args.device == "cuda" else None
+    return MemoryResult(spec, cell.seqlen, sum(saved.values()), peak)
 
 
 def measure_host(args: argparse.Namespace, calls: int = 500) -> list[dict[str, Any]]:

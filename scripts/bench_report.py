@@ -127,7 +127,8 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
 def memory_table(results: Sequence[MemoryResult]) -> Table:
     names = list(dict.fromkeys(r.implementation for r in results))
     table = Table(
-        title="Attention forward and backward, MiB beyond the inputs: saved for backward / peak", title_justify="left"
+        title="Attention forward and backward, MiB: saved for backward, inputs included / peak beyond the inputs",
+        title_justify="left",
     )
     table.add_column("S")
     for name in names:
