@@ -440,6 +440,8 @@ class CompareConfig:
     """Optimizer steps each; the first third is warm-up and not measured."""
     paper: bool = False
     """Compare at the four settings of the FlashAttention-2 paper's table 1 instead of one experiment (`--paper`)."""
+    settings: list[str] = field(default_factory=list)
+    """For `paper`: which of gpt3_1b3_2k, gpt3_1b3_8k, gpt3_2b7_2k and gpt3_2b7_8k. Empty: all."""
 
 
 @dataclass

@@ -7,32 +7,41 @@
 Each implementation trains in a fresh process with the same data and seed. What doesn't fit in memory gets the largest
 micro-batch that does, then activation checkpointing, and the table says so. Leaves `comparison.json` and
 `comparison.png` in the run folder, beside a folder for each run. `--paper` runs the settings of table 1 of the
-FlashAttention-2 paper (arXiv 2307.08691), 65,536 tokens an optimizer step, beside the paper's figures.
+FlashAttention-2 paper (arXiv 2307.08691), 65,536 tokens an optimizer step, beside the paper's figures;
+`compare.settings=[gpt3_1b3_2k]` limits it to some, so that each can run on a card of its own.
+
+The JSON grows with each trial. Called again, the tool keeps what was measured under the same conditions
+(`training.earlier`), starts nothing that did not fit, and runs what is missing; `resume=never` starts anew.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
 from configs import compose, launch
 from configs.errors import UserError
-from configs.schema import Attention, CompareRunConfig, Recompute
+from configs.schema import Attention, CompareRunConfig, Device, Recompute, RunConfig
+from training.earlier import conditions, row_of, take_up
+from training.memory import least_bytes
 from training.report import about, draw_bars, wide_console, write_json
 from training.run import run_folder
 from training.trial import Trial, run_trial
 
 PAPER_TOKENS_PER_STEP = 65_536
+CLEARLY = 1.3
+"""A trial that needs more than this times the GPU's memory, by a count of its largest parts, is not started."""
 PAPER_TFLOPS = {
     "gpt3_1b3_2k": {"standard": 142, "flash1": 189, "flash": 196},
     "gpt3_1b3_8k": {"standard": 72, "flash1": 170, "flash": 220},
@@ -62,66 +71,155 @@ class Row:
     paper_tflops: float | None = None
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A way to run an implementation in a setting: with this micro-batch, and with recomputed blocks or without."""
+
+    setting: str
+    attention: str
+    micro_batch_size: int
+    recompute: bool
+
+
+@dataclass
+class Comparison:
+    """Rows so far, and the report that they are in."""
+
+    console: Console
+    folder: Path
+    kinds: Sequence[Attention]
+    steps: int
+    conditions: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    no_room: list[Rung] = field(default_factory=list)
+    """What did not fit in memory when it was started."""
+
+    @property
+    def path(self) -> Path:
+        """The report's."""
+        return self.folder / "comparison.json"
+
+    def add(self, row: Row) -> None:
+        """Put a row among the others, in the order that this call asks for, and write the report."""
+        self.rows = arranged([*self.rows, row], self.kinds)
+        self.write()
+
+    def write(self) -> None:
+        """Write the report."""
+        found = {"conditions": self.conditions, "did_not_fit": [asdict(rung) for rung in self.no_room]}
+        facts = about(["scripts/compare_attention.py", *sys.argv[1:]])
+        write_json(self.path, {**facts, **found, "rows": [asdict(row) for row in self.rows]})
+
+
 def main(config: CompareRunConfig) -> int:
     """Run all trials, print the table, write the files."""
+    check(config)
     console = wide_console()
     folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("compare.", "run_dir=", "--"))]
-    settings = paper_settings(overrides) if config.compare.paper else [(config.name, overrides)]
-    rows: list[Row] = []
+    wanted = config.compare
+    settings = list(paper_settings(overrides, wanted.settings) if wanted.paper else [(config.name, overrides)])
+    facts = about([])
+    now = conditions(facts, overrides, steps=wanted.steps, paper=wanted.paper)
+    work = Comparison(console, folder, list(dict.fromkeys(wanted.attention)), wanted.steps, now)
+    earlier, work.rows = take_up(console, work.path, now, config.resume, partial(row_of, Row))
+    work.no_room = [rung for values in earlier.get("did_not_fit", []) if (rung := row_of(Rung, values)) is not None]
+    have = {(row.setting, row.attention) for row in work.rows}
     for name, setting in settings:
-        place = folder / name if config.compare.paper else folder
-        rows += compare(console, name, setting, config.compare.attention, config.compare.steps, place)
-    console.print(table_of(rows, config.compare.paper))
-    facts = about(["scripts/compare_attention.py", *sys.argv[1:]])
-    write_json(folder / "comparison.json", {**facts, "rows": [asdict(row) for row in rows]})
-    draw(rows, folder / "comparison.png", facts)
-    console.print(f"{folder / 'comparison.json'}\n{folder / 'comparison.png'}", soft_wrap=True)
+        compare(work, name, setting, folder / name if wanted.paper else folder)
+    console.print(table_of(work.rows, wanted.paper, have))
+    work.write()
+    draw(work.rows, folder / "comparison.png", facts)
+    console.print(f"{work.path}\n{folder / 'comparison.png'}", soft_wrap=True)
     return 0
 
 
-def paper_settings(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The paper's four settings: name and overrides. The corpus is the one that is always there, unless told."""
+def check(config: CompareRunConfig) -> None:
+    """Raise `UserError` for `compare.settings` that aren't there, or aren't asked for."""
+    unknown = [name for name in config.compare.settings if name not in PAPER_TFLOPS]
+    if unknown:
+        raise UserError(f"compare.settings: there is no {', '.join(unknown)}; possible are {', '.join(PAPER_TFLOPS)}.")
+    if config.compare.settings and not config.compare.paper:
+        raise UserError("compare.settings chooses among the paper's settings: give --paper too, or experiment=NAME.")
+
+
+def paper_settings(overrides: Sequence[str], names: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """The paper's settings of these names, else all four: name and overrides.
+
+    The corpus is the one that is always there, unless told.
+    """
     kept = [override for override in overrides if not override.startswith("experiment=")]
     data = [] if any(override.startswith("data=") for override in kept) else ["data=stdlib", "model.vocab_size=50257"]
-    for name in PAPER_TFLOPS:
+    for name in names or PAPER_TFLOPS:
         length = compose([f"experiment={name}"]).model.sequence_length
         batch = f"train.global_batch_size={PAPER_TOKENS_PER_STEP // length}"
         yield name, [f"experiment={name}", *data, batch, *kept]
 
 
-def compare(
-    console: Console, name: str, overrides: list[str], kinds: Sequence[Attention], steps: int, folder: Path
-) -> list[Row]:
-    """Trials of one setting, one an implementation; speed-ups are relative to the first that fits."""
-    rows: list[Row] = []
-    for kind in kinds:
-        row = largest_fit(console, name, overrides, kind, steps, folder)
-        reference = next((r.tokens_per_s for r in [*rows, row] if r.tokens_per_s), None)
-        speedup = row.tokens_per_s / reference if row.tokens_per_s and reference else None
-        rows.append(replace(row, speedup=speedup, paper_tflops=PAPER_TFLOPS.get(name, {}).get(kind.value)))
-    return rows
+def compare(work: Comparison, name: str, overrides: list[str], folder: Path) -> None:
+    """Trials of one setting, one an implementation, of those that have no row yet."""
+    for kind in work.kinds:
+        old = next((r for r in work.rows if (r.setting, r.attention) == (name, kind.value)), None)
+        if old is None:
+            work.add(largest_fit(work, name, overrides, kind, folder / kind.value))
+        else:
+            work.console.print(f"{name} {kind}: {old.tokens_per_s:,.0f} tokens/s, kept from an earlier call")
 
 
-def largest_fit(console: Console, name: str, overrides: list[str], kind: Attention, steps: int, folder: Path) -> Row:
+def arranged(rows: Sequence[Row], kinds: Sequence[Attention]) -> list[Row]:
+    """The rows setting by setting, implementations as in `kinds`, others of earlier calls last.
+
+    Speed-ups are relative to the first that fits.
+    """
+    order = {kind.value: place for place, kind in enumerate(kinds)}
+    settings = list(dict.fromkeys([*PAPER_TFLOPS, *(row.setting for row in rows)]))
+    result: list[Row] = []
+    for row in sorted(rows, key=lambda r: (settings.index(r.setting), order.get(r.attention, len(order)))):
+        alike = [r.tokens_per_s for r in [*result, row] if r.setting == row.setting and r.tokens_per_s]
+        speedup = row.tokens_per_s / alike[0] if row.tokens_per_s and alike else None
+        result.append(replace(row, speedup=speedup, paper_tflops=PAPER_TFLOPS.get(row.setting, {}).get(row.attention)))
+    return result
+
+
+def largest_fit(work: Comparison, name: str, overrides: list[str], kind: Attention, folder: Path) -> Row:
     """The first rung of the ladder that fits in memory."""
     ours = [f"name={name}-{kind}", f"model.attention={kind}", "train.accumulation_steps=null"]
     for micro, recompute in ladder(overrides):
+        rung = Rung(name, kind.value, micro, recompute)
         what = [f"train.micro_batch_size={micro}", f"engine.recompute={'block' if recompute else 'none'}"]
         label = f"{name} {kind}, micro-batch {micro}{', recompute' if recompute else ''}"
         row = Row(name, kind.value, micro, recompute, fits=False)
-        with console.status(label) as status:
+        if rung in work.no_room:
+            work.console.print(f"{label}: did not fit in memory in an earlier call")
+            continue
+        if too_large := reason_to_skip(compose([*overrides, *ours, *what]), micro):
+            work.console.print(f"{label}: not started, {too_large}")
+            continue
+        with work.console.status(label) as status:
             trial = run_trial(
                 [f"logging.group=compare-{name}", *overrides, *ours, *what],
-                folder / kind.value,
-                steps=steps,
-                on_step=partial(show_step, status, label, steps),
+                folder,
+                steps=work.steps,
+                on_step=partial(show_step, status, label, work.steps),
             )
         if trial is not None:
-            console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
+            work.console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
             return measured(row, trial)
-        console.print(f"{label}: does not fit in memory")
+        work.console.print(f"{label}: does not fit in memory")
+        work.no_room.append(rung)
+        work.write()
     return row
+
+
+def reason_to_skip(config: RunConfig, micro_batch_size: int) -> str:
+    """Why a trial on one GPU can't fit in its memory by far; empty if it may, or there is no GPU."""
+    if config.hardware.device is Device.cpu or not torch.cuda.is_available():
+        return ""
+    has = torch.cuda.get_device_properties(0).total_memory  # what is free would take a context of memory to ask
+    least = least_bytes(config, micro_batch_size)
+    if least <= CLEARLY * has:
+        return ""
+    return f"since weights and scores alone take {least / 1e9:.0f} GB and the GPU has {has / 1e9:.0f} GB"
 
 
 def show_step(status: Status, label: str, steps: int, done: int) -> None:
@@ -148,9 +246,12 @@ def measured(row: Row, trial: Trial) -> Row:
     return replace(row, fits=True, **values)
 
 
-def table_of(rows: Sequence[Row], paper: bool) -> Table:
-    """The comparison for a terminal."""
-    table = Table(title="Attention in training (medians; MFU counts attention in full / causally)")
+def table_of(rows: Sequence[Row], paper: bool, kept: Collection[tuple[str, str]] = ()) -> Table:
+    """The comparison for a terminal; `kept` are the (setting, attention) of earlier calls."""
+    old = [f"{row.setting} {row.attention}" for row in rows if (row.setting, row.attention) in kept]
+    title = "Attention in training (medians; MFU counts attention in full / causally)"
+    caption = f"Kept from earlier calls: {', '.join(old)}" if old else None
+    table = Table(title=title, caption=caption, caption_justify="left")
     for heading in ("setting", "attention", "micro-batch", "tokens/s", "TFLOP/s", "MFU", "memory", "loss", "speed-up"):
         table.add_column(heading, justify="left" if heading in ("setting", "attention") else "right")
     if paper:

@@ -6,7 +6,8 @@
 Weak scaling keeps the batch of a rank (the global batch grows with the ranks); `scaling.strong=true` keeps the global
 batch. Efficiency is tokens/s per process relative to the first number of processes with the same engine. Each trial
 runs in fresh processes. Leaves `scaling.json` and `scaling.png` in the run folder, beside a folder for each trial; the
-JSON grows with each trial, and one that fails costs its own row only.
+JSON grows with each trial, and one that fails costs its own row only. Called again, it keeps the rows that were
+measured under the same conditions (`training.earlier`) and runs what is missing; `resume=never` starts anew.
 
 Beside each measurement stands what `training.forecast` makes of the trial on one process and of the links, which are
 measured too. `scaling.forecast=[64,256,1024]` adds rows that are predicted only, for as many nodes of this kind.
@@ -15,7 +16,7 @@ measured too. `scaling.forecast=[64,256,1024]` adds rows that are predicted only
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from configs.errors import UserError
 from configs.schema import Device, RunConfig, ScalingRunConfig
 from training.backend import resolve_precision
 from training.batch import data_ranks, resolve_batch
+from training.earlier import conditions, row_of, take_up
 from training.forecast import Cluster, Job, forecast
 from training.link import Link, probe
 from training.report import about, draw_lines, wide_console, write_json
@@ -41,6 +43,8 @@ from training.trial import run_trial
 from training.waterfall.work import ELEMENT_BYTES
 
 NO_ROOM = "does not fit in memory"
+PREDICTIONS = ("predicted_step_time_s", "predicted_efficiency", "predicted_exposed_s", "bytes_per_step")
+"""Fields of a row that are formed anew from all rows of a call."""
 
 
 @dataclass(frozen=True)
@@ -77,35 +81,89 @@ def main(config: ScalingRunConfig) -> int:
     console = wide_console()
     folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("scaling.", "run_dir=", "engine=", "--"))]
-    link = links(console, config)  # first, since it is over in seconds and processes that can't talk fail here
-    rows: list[Row] = []
+    report = Report(config, folder, conditions(about([]), overrides, steps=config.scaling.steps))
+    earlier, rows = take_up(console, report.path, report.conditions, config.resume, partial(kept, config))
+    have = {(row.engine, row.world_size) for row in rows}
+    report.link = links(console, config, earlier.get("link"))  # seconds; processes that can't talk fail here
+    report.write(rows)
     for engine in config.scaling.engines:
         for world_size in config.scaling.world_sizes:
-            rows.append(measure(console, config, overrides, engine, world_size, folder, rows))
-            write_rows(config, folder, rows, link)  # what is measured stays, whatever comes later
-    if link is not None:
-        rows = predict(config, overrides, rows, link, folder)
-    console.print(table_of(rows, config.scaling.strong))
-    write_rows(config, folder, rows, link)
+            if (engine, world_size) in have:
+                row = next(row for row in rows if (row.engine, row.world_size) == (engine, world_size))
+                console.print(f"{engine} on {world_size}: {row.tokens_per_s:,.0f} tokens/s, kept from an earlier call")
+                continue
+            rows = arranged(config, [*rows, measure(console, config, overrides, engine, world_size, folder)])
+            report.write(rows)  # what is measured stays, whatever comes later
+    if report.link is not None:
+        rows = predict(config, overrides, rows, report.link, folder)
+    console.print(table_of(rows, config.scaling.strong, have))
+    report.write(rows)
     draw(rows, folder / "scaling.png", f"{kind_of(config)} scaling of {config.name}, {about([])['device']}")
-    console.print(f"{folder / 'scaling.json'}\n{folder / 'scaling.png'}", soft_wrap=True)
+    console.print(f"{report.path}\n{folder / 'scaling.png'}", soft_wrap=True)
     return int(any(row.problem not in (None, NO_ROOM) for row in rows))
 
 
-def links(console: Console, config: ScalingRunConfig) -> Link | None:
-    """The links between the largest number of processes; None if there is but one."""
+def kept(config: ScalingRunConfig, values: dict[str, Any]) -> Row | None:
+    """An earlier row without its predictions; None if this call would train it with another batch."""
+    row = row_of(Row, {**values, **dict.fromkeys(PREDICTIONS)})
+    try:
+        same = row is not None and row.global_batch_size == global_batch(config, row.world_size)
+    except UserError:  # no batch at all
+        same = False
+    return row if same else None
+
+
+def arranged(config: ScalingRunConfig, rows: Sequence[Row]) -> list[Row]:
+    """The rows as `scaling` lists engines and numbers of processes, others of earlier calls last; with efficiencies."""
+    engines, sizes = config.scaling.engines, config.scaling.world_sizes
+
+    def place(row: Row) -> tuple[int, str, int, int]:
+        named = row.engine in engines
+        size = sizes.index(row.world_size) if row.world_size in sizes else len(sizes)
+        return (engines.index(row.engine) if named else len(engines), row.engine, size, row.world_size)
+
+    result: list[Row] = []
+    for row in sorted(rows, key=place):
+        alike = (r for r in [*result, row] if r.engine == row.engine and r.tokens_per_s)
+        reference = next(alike, None)
+        if reference is not None and reference.tokens_per_s and row.tokens_per_s:
+            base = reference.tokens_per_s / reference.world_size
+            row = replace(row, efficiency=row.tokens_per_s / row.world_size / base)
+        result.append(row)
+    return result
+
+
+def links(console: Console, config: ScalingRunConfig, earlier: dict[str, Any] | None) -> Link | None:
+    """The links between the largest number of processes, an earlier call's if it had as many; None if it is one."""
     largest = max(config.scaling.world_sizes)
+    if earlier is not None and earlier["world_size"] >= largest:
+        return Link(**earlier)
     if largest == 1:
         return None
     with console.status(f"links between {largest}"):
         return probe(largest, config.hardware.device)
 
 
-def write_rows(config: ScalingRunConfig, folder: Path, rows: Sequence[Row], link: Link | None) -> None:
+@dataclass
+class Report:
     """`scaling.json`."""
-    facts = about(["scripts/scaling.py", *sys.argv[1:]])
-    found = {"scaling": kind_of(config).lower(), "link": link and asdict(link), "rows": [asdict(row) for row in rows]}
-    write_json(folder / "scaling.json", {**facts, **found})
+
+    config: ScalingRunConfig
+    folder: Path
+    conditions: dict[str, Any]
+    link: Link | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.folder / "scaling.json"
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write it with these rows."""
+        facts = about(["scripts/scaling.py", *sys.argv[1:]])
+        facts |= {"scaling": kind_of(self.config).lower(), "conditions": self.conditions}
+        facts |= {"link": self.link and asdict(self.link), "rows": [asdict(row) for row in rows]}
+        write_json(self.path, facts)
 
 
 def kind_of(config: ScalingRunConfig) -> str:
@@ -139,9 +197,8 @@ def measure(
     engine: str,
     world_size: int,
     folder: Path,
-    done: Sequence[Row],
 ) -> Row:
-    """One trial."""
+    """One trial; its efficiency comes with the other rows."""
     steps = config.scaling.steps
     batch = global_batch(config, world_size)
     label = f"{engine} on {world_size}"
@@ -162,11 +219,6 @@ def measure(
         console.print(f"{label}: {problem}", markup=False, soft_wrap=True)
         return replace(Row(engine, world_size, batch, *[None] * 6), problem=problem)
     console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
-    reference = next((r for r in done if r.engine == engine and r.tokens_per_s), None)
-    base = trial.tokens_per_s / world_size
-    if reference is not None and reference.tokens_per_s:
-        base = reference.tokens_per_s / reference.world_size
-    efficiency = trial.tokens_per_s / world_size / base
     return Row(
         engine=engine,
         world_size=world_size,
@@ -176,23 +228,23 @@ def measure(
         mfu=trial.mfu,
         mfu_causal=trial.mfu_causal,
         peak_memory_gb=trial.peak_memory_gb,
-        efficiency=efficiency,
+        efficiency=None,
     )
 
 
 def predict(config: ScalingRunConfig, overrides: list[str], rows: Sequence[Row], link: Link, folder: Path) -> list[Row]:
     """The rows with their predictions, and those of `scaling.forecast`."""
     result: list[Row] = []
-    for engine in config.scaling.engines:
+    for engine in dict.fromkeys(row.engine for row in rows):
         measured = [row for row in rows if row.engine == engine]
         alone = next((row.tokens_per_s for row in measured if row.world_size == 1 and row.tokens_per_s), None)
         if alone is None:
             result += measured
             continue
         settings = compose([*overrides, f"engine={engine}"])
-        settings.model.vocab_size = settings.model.vocab_size or vocabulary_of(folder / f"{engine}_1")
+        settings.model.vocab_size = settings.model.vocab_size or vocabulary_of(folder)
         network = config.scaling.network_gb_per_s or link.gb_per_s
-        cluster = Cluster(alone, link.gb_per_s, network, max(config.scaling.world_sizes), link.latency_us)
+        cluster = Cluster(alone, link.gb_per_s, network, link.world_size, link.latency_us)
         further = [Row(engine, size, global_batch(config, size), *[None] * 6) for size in config.scaling.forecast]
         result += [predicted(config, settings, row, cluster) for row in [*measured, *further]]
     return result
@@ -222,11 +274,14 @@ def predicted(config: ScalingRunConfig, settings: RunConfig, row: Row, cluster: 
     )
 
 
-def vocabulary_of(trial: Path) -> int:
-    """Tokens of the vocabulary that a trial took from its corpus."""
+def vocabulary_of(folder: Path) -> int:
+    """Tokens of the vocabulary that the trials in `folder` took from their corpus, which all of them share."""
     from tokenizers import Tokenizer
 
-    return int(Tokenizer.from_file(str(trial / TOKENIZER)).get_vocab_size())
+    found = next(folder.glob(f"*/{TOKENIZER}"), None)
+    if found is None:
+        raise UserError(f"No trial's {TOKENIZER} lies in {folder}, which predictions need: give model.vocab_size.")
+    return int(Tokenizer.from_file(str(found)).get_vocab_size())
 
 
 def show_step(status: Status, label: str, steps: int, done: int) -> None:
@@ -260,9 +315,12 @@ def micro_batch_size(config: ScalingRunConfig, world_size: int) -> int:
     return micro
 
 
-def table_of(rows: Sequence[Row], strong: bool) -> Table:
-    """The rows for a terminal."""
-    table = Table(title=f"{'Strong' if strong else 'Weak'} scaling (medians; MFU counts attention in full / causally)")
+def table_of(rows: Sequence[Row], strong: bool, kept: Collection[tuple[str, int]] = ()) -> Table:
+    """The rows for a terminal; `kept` are the (engine, processes) of earlier calls."""
+    old = [f"{row.engine} on {row.world_size}" for row in rows if (row.engine, row.world_size) in kept]
+    title = f"{'Strong' if strong else 'Weak'} scaling (medians; MFU counts attention in full / causally)"
+    caption = f"Kept from earlier calls: {', '.join(old)}" if old else None
+    table = Table(title=title, caption=caption, caption_justify="left")
     for heading in ("engine", "processes", "batch", "tokens/s", "step", "MFU", "memory", "efficiency", "predicted"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
 
@@ -302,6 +360,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     if ideal:
         rate = ideal[0][1] / ideal[0][0]
         lines["perfect"] = [(size, size * rate) for size in sizes]
+    lines = {name: sorted(points) for name, points in lines.items()}
     draw_lines(path, lines, xticks=sizes, xlabel="processes", ylabel="tokens/s", title=title, dashed="perfect")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +99,9 @@ def claim(folder: RunFolder, resume: str) -> Iterator[None]:
         yield
 
 
-def move_aside(folder: RunFolder) -> Path | None:
+def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
     """Move what an earlier run wrote into `previous/<n>/`, the next free number. Returns that folder, or None."""
-    found = [folder.path / name for name in OURS if (folder.path / name).exists()]
+    found = [folder.path / name for name in names if (folder.path / name).exists()]
     if not found:
         return None
     numbers = [int(p.name) for p in (folder.path / "previous").glob("*") if p.name.isdigit()]

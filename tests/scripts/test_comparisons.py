@@ -6,15 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from configs.errors import UserError
 from configs.schema import Attention
 from scripts import compare_attention, scaling
 from tests.runs.conftest import ENVIRONMENT, ROOT, TINY
+from training.link import Link
 from training.trial import Trial, summarise
 
 TRIAL = Trial(100.0, 0.1, 1.0, 0.5, 0.4, 2.0, 3.0, 4)
@@ -80,6 +83,14 @@ def fake_trials(fits: Callable[[Sequence[str]], bool], tried: list[Sequence[str]
     return run
 
 
+def comparison(folder: Path, *kinds: Attention) -> compare_attention.Comparison:
+    return compare_attention.Comparison(Console(quiet=True), folder, kinds, steps=6, conditions={})
+
+
+def micro_batches(tried: Sequence[Sequence[str]]) -> list[str]:
+    return [next(o for o in t if o.startswith("train.micro_batch_size")).split("=")[1] for t in tried]
+
+
 def test_largest_fitting_micro_batch_is_taken_then_recompute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tried: list[Sequence[str]] = []
 
@@ -88,19 +99,130 @@ def test_largest_fitting_micro_batch_is_taken_then_recompute(monkeypatch: pytest
 
     monkeypatch.setattr(compare_attention, "run_trial", fake_trials(fits, tried))
     overrides = ["experiment=gpt3_1b3_2k"]
-    row = compare_attention.largest_fit(Console(quiet=True), "x", overrides, Attention.standard, 6, tmp_path)
+    row = compare_attention.largest_fit(comparison(tmp_path), "x", overrides, Attention.standard, tmp_path)
     assert (row.micro_batch_size, row.recompute, row.fits) == (4, True, True)
-    sizes = [next(o for o in t if o.startswith("train.micro_batch_size")).split("=")[1] for t in tried]
-    assert sizes == ["8", "4", "2", "1", "8", "4"]
+    assert micro_batches(tried) == ["8", "4", "2", "1", "8", "4"]
 
 
 def test_what_fits_nowhere_is_a_row_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compare_attention, "run_trial", fake_trials(lambda o: "model.attention=flash" in o, []))
-    kinds = [Attention.standard, Attention.flash]
-    rows = compare_attention.compare(Console(quiet=True), "gpt3_1b3_2k", ["experiment=gpt3_1b3_2k"], kinds, 6, tmp_path)
-    assert [row.fits for row in rows] == [False, True]
-    assert rows[1].speedup == 1.0  # relative to the first that fits
-    assert rows[1].paper_tflops == 196
+    work = comparison(tmp_path, Attention.standard, Attention.flash)
+    compare_attention.compare(work, "gpt3_1b3_2k", ["experiment=gpt3_1b3_2k"], tmp_path)
+    assert [row.fits for row in work.rows] == [False, True]
+    assert work.rows[1].speedup == 1.0  # relative to the first that fits
+    assert work.rows[1].paper_tflops == 196
+    assert len(work.no_room) == 8
+
+
+def test_what_cannot_fit_by_far_is_not_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """2.7B at 8,192 tokens on 80 GB: scores of 32 layers are 86 GB and states 43 GB, so only recomputed blocks may."""
+    tried: list[Sequence[str]] = []
+    monkeypatch.setattr(compare_attention, "run_trial", fake_trials(lambda o: True, tried))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory = SimpleNamespace(total_memory=85 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    overrides = ["experiment=gpt3_2b7_8k", "model.vocab_size=50257"]
+    work = comparison(tmp_path)
+    row = compare_attention.largest_fit(work, "x", overrides, Attention.standard, tmp_path)
+    assert (row.micro_batch_size, row.recompute) == (1, True)
+    assert len(tried) == 1
+    row = compare_attention.largest_fit(work, "x", overrides, Attention.flash, tmp_path)
+    assert (row.micro_batch_size, row.recompute) == (1, False)
+    row = compare_attention.largest_fit(work, "x", [*overrides, "hardware.device=cpu"], Attention.standard, tmp_path)
+    assert (row.micro_batch_size, row.recompute) == (1, False)
+    memory.total_memory = 141 * 10**9
+    row = compare_attention.largest_fit(work, "x", overrides, Attention.standard, tmp_path)
+    assert (row.micro_batch_size, row.recompute) == (1, False)
+    assert not work.no_room  # nothing was started in vain
+
+
+def test_least_memory_is_states_and_scores() -> None:
+    from configs import compose
+    from training.memory import least_bytes
+
+    tiny = ["model.num_layers=3", "model.num_heads=2", "model.width=32", "model.sequence_length=64"]
+    tiny += ["model.vocab_size=100", "engine.precision=bf16"]
+    flash = least_bytes(compose([*tiny, "model.attention=flash"]), 5)
+    assert flash % 16 == 0
+    scores = 5 * 2 * 64 * 64 * 2
+    assert least_bytes(compose([*tiny, "model.attention=standard"]), 5) == flash + 3 * scores
+    assert least_bytes(compose([*tiny, "model.attention=standard", "engine.recompute=block"]), 5) == flash + scores
+    assert least_bytes(compose([*tiny, "model.attention=flash", "engine=zero3_offload"]), 5) == 0
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows after a call with made-up trials, in which recomputed blocks alone fit, and what it started."""
+    from configs import compose
+    from configs.schema import CompareRunConfig
+
+    tried: list[Sequence[str]] = []
+    given = ["hardware.device=cpu", *overrides]
+    monkeypatch.setattr(compare_attention, "run_trial", fake_trials(lambda o: "engine.recompute=block" in o, tried))
+    monkeypatch.setattr(sys, "argv", ["compare_attention.py", *given])
+    config = compose([*given, f"run_dir={folder}"], "compare")
+    assert isinstance(config, CompareRunConfig)
+    assert compare_attention.main(config) == 0
+    started = [next(o for o in t if o.startswith("name=")).removeprefix("name=") for t in tried]
+    return json.loads((folder / "comparison.json").read_text())["rows"], started
+
+
+def test_comparison_goes_on_where_it_was_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = "compare.settings=[gpt3_2b7_8k]", "compare.settings=[gpt3_1b3_8k,gpt3_2b7_8k]"
+    rows, started = compared(monkeypatch, tmp_path, "compare.paper=true", one, "compare.attention=[flash]")
+    assert started == ["gpt3_2b7_8k-flash"] * 2  # without and with recompute
+    rows, started = compared(monkeypatch, tmp_path, "compare.paper=true", two, "compare.attention=[standard,flash]")
+    assert started == [*["gpt3_1b3_8k-standard"] * 3, *["gpt3_1b3_8k-flash"] * 3, *["gpt3_2b7_8k-standard"] * 2]
+    assert [(r["setting"], r["attention"]) for r in rows] == [
+        ("gpt3_1b3_8k", "standard"),
+        ("gpt3_1b3_8k", "flash"),
+        ("gpt3_2b7_8k", "standard"),
+        ("gpt3_2b7_8k", "flash"),
+    ]
+    said = capsys.readouterr().out
+    assert "gpt3_2b7_8k flash: 100 tokens/s, kept from an earlier call" in said
+    assert "Kept from earlier calls: gpt3_2b7_8k flash" in said
+    rows, started = compared(monkeypatch, tmp_path, "compare.paper=true", one, "compare.attention=[flash]")
+    assert started == []
+    assert len(rows) == 4  # what this call did not ask for stays, too
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    report["rows"].pop()  # as if the call had ended before the rung that fits
+    (tmp_path / "comparison.json").write_text(json.dumps(report))
+    rows, started = compared(monkeypatch, tmp_path, "compare.paper=true", one, "compare.attention=[flash]")
+    assert started == ["gpt3_2b7_8k-flash"]
+
+
+def test_comparison_of_other_conditions_starts_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paper = ("compare.paper=true", "compare.settings=[gpt3_2b7_8k]", "compare.attention=[flash]")
+    compared(monkeypatch, tmp_path, *paper)
+    changes = {
+        "optim.lr=1e-5": "measured with other overrides (optim.lr)",
+        "compare.steps=9": "measured with other overrides (optim.lr), steps",
+        "resume=never": "resume=never",
+    }
+    for number, (change, why) in enumerate(changes.items()):
+        rows, started = compared(monkeypatch, tmp_path, *paper, change)
+        assert len(started) == 2
+        assert len(rows) == 1
+        assert f"comparison.json: {why}; moved to" in capsys.readouterr().out
+        assert (tmp_path / "previous" / str(number + 1) / "comparison.json").exists()
+    compared(monkeypatch, tmp_path, *paper)
+    monkeypatch.setattr("training.earlier.source_hash", lambda: "changed")
+    rows, started = compared(monkeypatch, tmp_path, *paper)
+    assert len(started) == 2
+    assert "other source" in capsys.readouterr().out
+    with pytest.raises(UserError, match="resume=elsewhere"):
+        compared(monkeypatch, tmp_path, *paper, "resume=elsewhere")
+
+
+def test_settings_that_are_not_the_papers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gpt3_13b_2k; possible are gpt3_1b3_2k, gpt3_1b3_8k"):
+        compared(monkeypatch, tmp_path, "compare.paper=true", "compare.settings=[gpt3_13b_2k]")
+    with pytest.raises(UserError, match="give --paper too"):
+        compared(monkeypatch, tmp_path, "compare.settings=[gpt3_1b3_2k]")
 
 
 def test_paper_settings_compose() -> None:
@@ -152,6 +274,73 @@ def test_a_failed_trial_costs_its_own_row_only(monkeypatch: pytest.MonkeyPatch, 
         (None, "it failed"),
         (None, scaling.NO_ROOM),
     ]
+
+
+def scaled(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> tuple[dict[str, Any], list[str]]:
+    """The report after a call with made-up trials and links, and what it started; engine zero3 fails."""
+    from configs import compose
+    from configs.schema import ScalingRunConfig
+
+    tried: list[str] = []
+
+    def trial(overrides: Sequence[str], run_dir: Path, *, world_size: int, **_: Any) -> Trial | None:
+        tried.append(run_dir.name)
+        if run_dir.name.startswith("zero3"):
+            raise UserError("it failed")
+        return replace(TRIAL, tokens_per_s=90.0 * world_size + 10)
+
+    def probe(world_size: int, device: Any) -> Link:
+        tried.append(f"link {world_size}")
+        return Link(world_size, 10.0, 5.0)
+
+    given = ["model.vocab_size=300", "hardware.device=cpu", *overrides]
+    monkeypatch.setattr(scaling, "run_trial", trial)
+    monkeypatch.setattr(scaling, "probe", probe)
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *given])
+    config = compose([*given, f"run_dir={folder}"], "scaling")
+    assert isinstance(config, ScalingRunConfig)
+    scaling.main(config)
+    return json.loads((folder / "scaling.json").read_text()), tried
+
+
+def test_scaling_goes_on_where_it_was_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, started = scaled(monkeypatch, tmp_path, "scaling.world_sizes=[1,2]")
+    assert started == ["link 2", "zero1_1", "zero1_2"]
+    report, started = scaled(monkeypatch, tmp_path, "scaling.world_sizes=[1,2,4]", "scaling.engines=[zero1,zero3]")
+    assert started == ["link 4", "zero1_4", "zero3_1", "zero3_2", "zero3_4"]
+    said = capsys.readouterr().out
+    assert "zero1 on 2: 190 tokens/s, kept from an earlier call" in said
+    assert "Kept from earlier calls: zero1 on 1, zero1 on 2" in said
+    rows = report["rows"]
+    assert [(r["engine"], r["world_size"]) for r in rows] == [(e, w) for e in ("zero1", "zero3") for w in (1, 2, 4)]
+    assert [r["efficiency"] for r in rows[:3]] == pytest.approx([1.0, 0.95, 0.925])
+    assert [r["predicted_efficiency"] for r in rows[:3]] == sorted(r["predicted_efficiency"] for r in rows[:3])[::-1]
+    report, started = scaled(monkeypatch, tmp_path, "scaling.world_sizes=[1,2]", "scaling.engines=[zero1,zero3]")
+    assert started == ["zero3_1", "zero3_2"]  # what failed is run anew; four links do for two
+    assert report["link"]["world_size"] == 4
+    assert [r["world_size"] for r in report["rows"] if r["engine"] == "zero1"] == [1, 2, 4]
+
+
+def test_scaling_keeps_no_row_of_another_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("scaling.world_sizes=[1,2]", "train.global_batch_size=8")
+    scaled(monkeypatch, tmp_path, *sizes)
+    report, started = scaled(monkeypatch, tmp_path, *sizes, "scaling.strong=true")
+    assert started == ["zero1_2"]  # on one process it is the same
+    assert [r["global_batch_size"] for r in report["rows"]] == [8, 8]
+    assert "1 of its 2 rows are of other batches; moved to" in capsys.readouterr().out
+    aside = json.loads((tmp_path / "previous" / "1" / "scaling.json").read_text())
+    assert [r["global_batch_size"] for r in aside["rows"]] == [8, 16]
+    _, started = scaled(monkeypatch, tmp_path, *sizes, "scaling.strong=true", "logging.project=x", "resume=never")
+    assert started == ["link 2", "zero1_1", "zero1_2"]
+    _, started = scaled(monkeypatch, tmp_path, *sizes, "scaling.strong=true", "logging.project=y")
+    assert started == []
+    (tmp_path / "scaling.json").write_text("{ half a rep")
+    _, started = scaled(monkeypatch, tmp_path, *sizes, "scaling.strong=true")
+    assert started == ["link 2", "zero1_1", "zero1_2"]
 
 
 def test_summary_leaves_the_warm_up_out() -> None:
