@@ -33,6 +33,7 @@ from rich.table import Table
 from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import Attention, CompareRunConfig, Device, Recompute, RunConfig
+from training.children import Stop
 from training.earlier import conditions, row_of, take_up
 from training.memory import least_bytes
 from training.report import about, draw_bars, wide_console, write_json
@@ -112,7 +113,7 @@ class Comparison:
 
 
 def main(config: CompareRunConfig) -> int:
-    """Run all trials, print the table, write the files."""
+    """Run all trials, print the table, write the files. Returns 0; 130 or 143 if Ctrl-C or SIGTERM ended the trials."""
     check(config)
     console = wide_console()
     folder = run_folder(config).path
@@ -125,13 +126,17 @@ def main(config: CompareRunConfig) -> int:
     earlier, work.rows = take_up(console, work.path, now, config.resume, partial(row_of, Row))
     work.no_room = [rung for values in earlier.get("did_not_fit", []) if (rung := row_of(Rung, values)) is not None]
     have = {(row.setting, row.attention) for row in work.rows}
-    for name, setting in settings:
-        compare(work, name, setting, folder / name if wanted.paper else folder)
-    console.print(table_of(work.rows, wanted.paper, have))
-    work.write()
-    draw(work.rows, folder / "comparison.png", facts)
-    console.print(f"{work.path}\n{folder / 'comparison.png'}", soft_wrap=True)
-    return 0
+    with Stop() as stop:
+        with stop.trials():
+            for name, setting in settings:
+                compare(work, name, setting, folder / name if wanted.paper else folder)
+        if stop.signal:
+            console.print(f"{stop.signal.name}: the trials end here; the same command goes on.")
+        console.print(table_of(work.rows, wanted.paper, have))
+        work.write()
+        draw(work.rows, folder / "comparison.png", facts)
+        console.print(f"{work.path}\n{folder / 'comparison.png'}", soft_wrap=True)
+    return stop.exit_code
 
 
 def check(config: CompareRunConfig) -> None:

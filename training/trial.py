@@ -20,6 +20,7 @@ from typing import Any
 from configs import override
 from configs.errors import OUT_OF_MEMORY, OUT_OF_MEMORY_EXIT_CODE, UserError
 from training import metrics as m
+from training.children import child
 from training.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +69,7 @@ def run_trial(
     """Train `steps` optimizer steps with `overrides` into `run_dir`, on `world_size` processes of this host.
 
     Returns None if the GPU's memory did not suffice. Raises `UserError` with the end of the run's output if it failed
-    otherwise. Ctrl-C stops the processes of the trial as well.
+    otherwise. Whatever ends the call ends all processes of the trial.
     """
     launcher = [sys.executable]
     if world_size > 1:
@@ -83,16 +84,13 @@ def run_trial(
     ]
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with open(run_dir / "output.txt", "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                on_step(len(read_metrics(run_dir / "metrics.jsonl")))
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    with (
+        open(run_dir / "output.txt", "w") as output,
+        child(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        while process.poll() is None:
+            time.sleep(0.2)
+            on_step(len(read_metrics(run_dir / "metrics.jsonl")))
     said = (run_dir / "output.txt").read_text()
     # Under torchrun the exit code is torchrun's; an error while the model is built is PyTorch's own.
     if process.returncode == OUT_OF_MEMORY_EXIT_CODE or OUT_OF_MEMORY in said or "OutOfMemoryError" in said:

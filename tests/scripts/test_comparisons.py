@@ -1,14 +1,17 @@
 """The tools that compare settings, on tiny runs: what they leave, and what they make of runs that don't fit."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -23,9 +26,11 @@ from training.trial import Trial, summarise
 TRIAL = Trial(100.0, 0.1, 1.0, 0.5, 0.4, 2.0, 3.0, 4)
 
 
+SHORT = [o for o in TINY if not o.startswith(("train.steps", "train.eval", "train.save", "train.log"))]
+
+
 def run_tool(script: str, tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    settings = [o for o in TINY if not o.startswith(("train.steps", "train.eval", "train.save", "train.log"))]
-    command = [sys.executable, str(ROOT / "scripts" / script), "experiment=quickstart", *settings, *overrides]
+    command = [sys.executable, str(ROOT / "scripts" / script), "experiment=quickstart", *SHORT, *overrides]
     command += [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'out'}"]
     result = subprocess.run(
         command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
@@ -321,6 +326,37 @@ def test_scaling_goes_on_where_it_was_left(
     assert started == ["zero3_1", "zero3_2"]  # what failed is run anew; four links do for two
     assert report["link"]["world_size"] == 4
     assert [r["world_size"] for r in report["rows"] if r["engine"] == "zero1"] == [1, 2, 4]
+
+
+def test_ctrl_c_ends_the_trials_and_leaves_the_rows(tmp_path: Path) -> None:
+    """In the second trial, of two ranks: the first one's row is reported, and no process is left."""
+    settings = ["scaling.world_sizes=[1,2]", "scaling.steps=300", f"data.cache_dir={tmp_path / 'cache'}"]
+    settings += ["experiment=quickstart", *SHORT, f"run_dir={tmp_path / 'out'}"]
+    command = [sys.executable, str(ROOT / "scripts" / "scaling.py"), *settings]
+    metrics = tmp_path / "out" / "zero1_2" / "metrics.jsonl"
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(started := processes_of(tmp_path)) >= 4  # the tool, torchrun, two ranks
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)  # an impatient user changes nothing
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "SIGINT: the trials end here; the same command goes on." in output
+    assert "Weak scaling" in output
+    report = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert [(row["engine"], row["world_size"]) for row in report["rows"]] == [("zero1", 1)]
+    assert (tmp_path / "out" / "scaling.png").exists()
+    assert not [process for process in started if process.is_running()]
+    assert not processes_of(tmp_path)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those whose command line names the folder."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or ())]
 
 
 def test_scaling_keeps_no_row_of_another_batch(
