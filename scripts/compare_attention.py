@@ -38,7 +38,7 @@ from training.earlier import conditions, row_of, take_up
 from training.memory import least_bytes
 from training.report import about, draw_bars, wide_console, write_json
 from training.run import run_folder
-from training.trial import Trial, run_trial
+from training.trial import Trial, run_trial, speed_and_time
 
 PAPER_TOKENS_PER_STEP = 65_536
 CLEARLY = 1.3
@@ -70,6 +70,10 @@ class Row:
     loss: float | None = None
     speedup: float | None = None
     paper_tflops: float | None = None
+    start_s: float | None = None
+    """Seconds from the start of the run's process to its first step done."""
+    wall_s: float | None = None
+    """Seconds from the start of the run's process to its end."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def largest_fit(work: Comparison, name: str, overrides: list[str], kind: Attenti
                 on_step=partial(show_step, status, label, work.steps),
             )
         if trial is not None:
-            work.console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
+            work.console.print(f"{label}: {speed_and_time(trial)}")
             return measured(row, trial)
         work.console.print(f"{label}: does not fit in memory")
         work.no_room.append(rung)

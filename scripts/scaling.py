@@ -40,7 +40,7 @@ from training.forecast import Cluster, Job, forecast
 from training.link import Link, probe
 from training.report import about, draw_lines, wide_console, write_json
 from training.run import TOKENIZER, run_folder
-from training.trial import run_trial
+from training.trial import run_trial, speed_and_time
 from training.waterfall.work import ELEMENT_BYTES
 
 NO_ROOM = "does not fit in memory"
@@ -74,6 +74,10 @@ class Row:
     """What a rank sends in a step, by `training.forecast`."""
     problem: str | None = None
     """Why nothing was measured: `NO_ROOM`, or how the trial failed."""
+    start_s: float | None = None
+    """Seconds from the start of the trial's processes to its first step done."""
+    wall_s: float | None = None
+    """Seconds from the start of the trial's processes to their end."""
 
 
 def main(config: ScalingRunConfig) -> int:
@@ -241,7 +245,7 @@ def measure(
     if trial is None:
         console.print(f"{label}: {problem}", markup=False, soft_wrap=True)
         return replace(Row(engine, world_size, batch, *[None] * 6), problem=problem)
-    console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
+    console.print(f"{label}: {speed_and_time(trial)}")
     return Row(
         engine=engine,
         world_size=world_size,
@@ -252,6 +256,8 @@ def measure(
         mfu_causal=trial.mfu_causal,
         peak_memory_gb=trial.peak_memory_gb,
         efficiency=None,
+        start_s=trial.start_s,
+        wall_s=trial.wall_s,
     )
 
 

@@ -1,6 +1,7 @@
 """The tools that compare settings, on tiny runs: what they leave, and what they make of runs that don't fit."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_compare_attention_leaves_rows_and_a_picture(tmp_path: Path) -> None:
         assert row["tokens_per_s"] > 0
         assert row["peak_memory_gb"] > 0
         assert row["loss"] > 0
+        assert 1 < row["start_s"] <= row["wall_s"] < 300
         assert {"mfu", "mfu_causal"} <= row.keys()
     first, second = report["rows"]
     assert first["speedup"] == 1.0
@@ -56,6 +58,7 @@ def test_compare_attention_leaves_rows_and_a_picture(tmp_path: Path) -> None:
     assert "compare.steps=5" in report["command"]
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "speed-up" in result.stdout
+    assert re.search(r"sdpa, micro-batch 4: [\d,]+ tokens/s \(first step after \d+ s of \d+ s\)", result.stdout)
 
 
 def test_scaling_leaves_rows_and_a_picture(tmp_path: Path) -> None:
@@ -245,8 +248,13 @@ def test_paper_settings_compose() -> None:
 def test_failed_trial_shows_the_end_of_its_output(tmp_path: Path) -> None:
     from training.trial import run_trial
 
+    folder, seen = tmp_path / "trial", set[int]()
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"Did you mean 'train\.steps'"):
-        run_trial(["train.stepz=3"], tmp_path / "trial", steps=3)
+        run_trial(["train.stepz=3"], folder, steps=3, on_step=seen.add)
+    assert seen == {0}  # steps of an earlier trial in the folder are none of this one
+    assert (folder / "previous" / "1" / "metrics.jsonl").exists()
 
 
 def test_what_torchrun_says_of_a_failure_does_not_hide_it() -> None:
