@@ -37,7 +37,7 @@ from training.children import Stop
 from training.earlier import conditions, row_of, take_up
 from training.memory import least_bytes
 from training.report import about, draw_bars, wide_console, write_json
-from training.run import run_folder
+from training.run import claim, run_folder
 from training.trial import Trial, run_trial, speed_and_time
 
 PAPER_TOKENS_PER_STEP = 65_536
@@ -119,8 +119,13 @@ class Comparison:
 def main(config: CompareRunConfig) -> int:
     """Run all trials, print the table, write the files. Returns 0; 130 or 143 if Ctrl-C or SIGTERM ended the trials."""
     check(config)
+    with claim(run_folder(config), "auto"):  # two calls at once would overwrite each other's rows
+        return compare_all(config, run_folder(config).path)
+
+
+def compare_all(config: CompareRunConfig, folder: Path) -> int:
+    """`main` in a folder that is ours alone."""
     console = wide_console()
-    folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("compare.", "run_dir=", "--"))]
     wanted = config.compare
     settings = list(paper_settings(overrides, wanted.settings) if wanted.paper else [(config.name, overrides)])

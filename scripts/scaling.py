@@ -39,7 +39,7 @@ from training.earlier import conditions, row_of, take_up
 from training.forecast import Cluster, Job, forecast
 from training.link import Link, probe
 from training.report import about, draw_lines, wide_console, write_json
-from training.run import TOKENIZER, run_folder
+from training.run import TOKENIZER, claim, run_folder
 from training.trial import run_trial, speed_and_time
 from training.waterfall.work import ELEMENT_BYTES
 
@@ -86,8 +86,13 @@ def main(config: ScalingRunConfig) -> int:
     Ctrl-C or SIGTERM end the trials only; then it returns 130 or 143.
     """
     check(config)
+    with claim(run_folder(config), "auto"):  # two calls at once would overwrite each other's rows
+        return scale(config, run_folder(config).path)
+
+
+def scale(config: ScalingRunConfig, folder: Path) -> int:
+    """`main` in a folder that is ours alone."""
     console = wide_console()
-    folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("scaling.", "run_dir=", "engine=", "--"))]
     report = Report(config, folder, conditions(about([]), overrides, steps=config.scaling.steps))
     earlier, report.rows = take_up(console, report.path, report.conditions, config.resume, partial(kept, config))

@@ -22,6 +22,7 @@ from configs.schema import Attention
 from scripts import compare_attention, scaling
 from tests.runs.conftest import ENVIRONMENT, ROOT, TINY
 from training.link import Link
+from training.run import RunFolder, claim
 from training.trial import Trial, summarise
 
 TRIAL = Trial(100.0, 0.1, 1.0, 0.5, 0.4, 2.0, 3.0, 4)
@@ -224,6 +225,16 @@ def test_comparison_of_other_conditions_starts_anew(
     assert "other source" in capsys.readouterr().out
     with pytest.raises(UserError, match="resume=elsewhere"):
         compared(monkeypatch, tmp_path, *paper, "resume=elsewhere")
+
+
+def test_two_calls_at_once_need_two_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paper = ("compare.paper=true", "compare.settings=[gpt3_2b7_8k]", "compare.attention=[flash]")
+    with claim(RunFolder(tmp_path), "auto"):
+        with pytest.raises(UserError, match=r"give run_dir=PATH"):
+            compared(monkeypatch, tmp_path, *paper)
+        with pytest.raises(UserError, match=r"give run_dir=PATH"):
+            scaled(monkeypatch, tmp_path)
+    assert compared(monkeypatch, tmp_path, *paper)[1]
 
 
 def test_settings_that_are_not_the_papers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
