@@ -85,15 +85,19 @@ def ablation_table(results: Sequence[Result]) -> Table:
 
 
 def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
-    """A panel per direction and (head dim, mask, window, documents or not)."""
+    """A panel per direction and (head dim, mask, window, documents or not, a token more than another cell or not)."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    cells = {r.cell for r in results}
+
     def kind(r: Result) -> str:
         text = f"D = {r.head_dim}, {'causal' if r.causal else 'full'}"
-        return text + (f", window {r.window}" if r.window else "") + (", documents" if r.documents else "")
+        text += f", window {r.window}" if r.window else ""
+        text += ", S + 1" if dataclasses.replace(r.cell, seqlen=r.seqlen - 1) in cells else ""
+        return text + (", documents" if r.documents else "")
 
     kinds = list(dict.fromkeys(kind(r) for r in results))
     directions = list(dict.fromkeys(r.direction for r in results))
@@ -109,8 +113,8 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
                     for r in results
                     if (r.implementation, r.direction, kind(r)) == (name, direction, panel) and not r.error
                 ]
-                if line:
-                    ax.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
+                if line:  # cells come in the order of the grid, documents after what they are compared with
+                    ax.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name)
             ax.set_xscale("log", base=2)
             ax.set_ylim(bottom=0)
             ax.set_title(f"{direction}, {panel}", fontsize=9)
@@ -151,7 +155,7 @@ def plot_memory(results: Sequence[MemoryResult], path: Path, title: str) -> None
 
     figure, ax = plt.subplots(figsize=(5, 3.6))
     for name in dict.fromkeys(r.implementation for r in results):
-        mine = [r for r in results if r.implementation == name]
+        mine = sorted((r for r in results if r.implementation == name), key=lambda r: r.seqlen)
         mib = [(r.saved_bytes if r.peak_bytes is None else r.peak_bytes) / 2**20 for r in mine]
         ax.plot([r.seqlen for r in mine], mib, marker="o", markersize=3, label=name)
     ax.set_xscale("log", base=2)

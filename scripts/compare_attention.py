@@ -33,11 +33,12 @@ from rich.table import Table
 from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import Attention, CompareRunConfig, Device, Recompute, RunConfig
+from training.children import Stop
 from training.earlier import conditions, row_of, take_up
 from training.memory import least_bytes
 from training.report import about, draw_bars, wide_console, write_json
-from training.run import run_folder
-from training.trial import Trial, run_trial
+from training.run import claim, run_folder
+from training.trial import Trial, run_trial, speed_and_time
 
 PAPER_TOKENS_PER_STEP = 65_536
 CLEARLY = 1.3
@@ -69,6 +70,10 @@ class Row:
     loss: float | None = None
     speedup: float | None = None
     paper_tflops: float | None = None
+    start_s: float | None = None
+    """Seconds from the start of the run's process to its first step done."""
+    wall_s: float | None = None
+    """Seconds from the start of the run's process to its end."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,15 @@ class Comparison:
 
 
 def main(config: CompareRunConfig) -> int:
-    """Run all trials, print the table, write the files."""
+    """Run all trials, print the table, write the files. Returns 0; 130 or 143 if Ctrl-C or SIGTERM ended the trials."""
     check(config)
+    with claim(run_folder(config), "auto"):  # two calls at once would overwrite each other's rows
+        return compare_all(config, run_folder(config).path)
+
+
+def compare_all(config: CompareRunConfig, folder: Path) -> int:
+    """`main` in a folder that is ours alone."""
     console = wide_console()
-    folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("compare.", "run_dir=", "--"))]
     wanted = config.compare
     settings = list(paper_settings(overrides, wanted.settings) if wanted.paper else [(config.name, overrides)])
@@ -125,13 +135,17 @@ def main(config: CompareRunConfig) -> int:
     earlier, work.rows = take_up(console, work.path, now, config.resume, partial(row_of, Row))
     work.no_room = [rung for values in earlier.get("did_not_fit", []) if (rung := row_of(Rung, values)) is not None]
     have = {(row.setting, row.attention) for row in work.rows}
-    for name, setting in settings:
-        compare(work, name, setting, folder / name if wanted.paper else folder)
-    console.print(table_of(work.rows, wanted.paper, have))
-    work.write()
-    draw(work.rows, folder / "comparison.png", facts)
-    console.print(f"{work.path}\n{folder / 'comparison.png'}", soft_wrap=True)
-    return 0
+    with Stop() as stop:
+        with stop.trials():
+            for name, setting in settings:
+                compare(work, name, setting, folder / name if wanted.paper else folder)
+        if stop.signal:
+            console.print(f"{stop.signal.name}: the trials end here; the same command goes on.")
+        console.print(table_of(work.rows, wanted.paper, have))
+        work.write()
+        draw(work.rows, folder / "comparison.png", facts)
+        console.print(f"{work.path}\n{folder / 'comparison.png'}", soft_wrap=True)
+    return stop.exit_code
 
 
 def check(config: CompareRunConfig) -> None:
@@ -203,7 +217,7 @@ def largest_fit(work: Comparison, name: str, overrides: list[str], kind: Attenti
                 on_step=partial(show_step, status, label, work.steps),
             )
         if trial is not None:
-            work.console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
+            work.console.print(f"{label}: {speed_and_time(trial)}")
             return measured(row, trial)
         work.console.print(f"{label}: does not fit in memory")
         work.no_room.append(rung)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from configs.errors import UserError
 from configs.schema import Device, RunConfig, ScalingRunConfig
 from training.backend import resolve_precision
 from training.batch import data_ranks, resolve_batch
+from training.children import Stop
 from training.earlier import conditions, row_of, take_up
 from training.forecast import Cluster, Job, forecast
 from training.link import Link, probe
 from training.report import about, draw_lines, wide_console, write_json
-from training.run import TOKENIZER, run_folder
-from training.trial import run_trial
+from training.run import TOKENIZER, claim, run_folder
+from training.trial import run_trial, speed_and_time
 from training.waterfall.work import ELEMENT_BYTES
 
 NO_ROOM = "does not fit in memory"
@@ -73,34 +74,64 @@ class Row:
     """What a rank sends in a step, by `training.forecast`."""
     problem: str | None = None
     """Why nothing was measured: `NO_ROOM`, or how the trial failed."""
+    start_s: float | None = None
+    """Seconds from the start of the trial's processes to its first step done."""
+    wall_s: float | None = None
+    """Seconds from the start of the trial's processes to their end."""
 
 
 def main(config: ScalingRunConfig) -> int:
-    """Run all trials, print the table, write the files. Returns 1 if a trial failed for something else than memory."""
+    """Run all trials, print the table, write the files. Returns 1 if a trial failed for something else than memory.
+
+    Ctrl-C or SIGTERM end the trials only; then it returns 130 or 143.
+    """
     check(config)
+    with claim(run_folder(config), "auto"):  # two calls at once would overwrite each other's rows
+        return scale(config, run_folder(config).path)
+
+
+def scale(config: ScalingRunConfig, folder: Path) -> int:
+    """`main` in a folder that is ours alone."""
     console = wide_console()
-    folder = run_folder(config).path
     overrides = [a for a in sys.argv[1:] if not a.startswith(("scaling.", "run_dir=", "engine=", "--"))]
     report = Report(config, folder, conditions(about([]), overrides, steps=config.scaling.steps))
-    earlier, rows = take_up(console, report.path, report.conditions, config.resume, partial(kept, config))
-    have = {(row.engine, row.world_size) for row in rows}
-    report.link = links(console, config, earlier.get("link"))  # seconds; processes that can't talk fail here
-    report.write(rows)
-    for engine in config.scaling.engines:
-        for world_size in config.scaling.world_sizes:
-            if (engine, world_size) in have:
-                row = next(row for row in rows if (row.engine, row.world_size) == (engine, world_size))
-                console.print(f"{engine} on {world_size}: {row.tokens_per_s:,.0f} tokens/s, kept from an earlier call")
-                continue
-            rows = arranged(config, [*rows, measure(console, config, overrides, engine, world_size, folder)])
-            report.write(rows)  # what is measured stays, whatever comes later
+    earlier, report.rows = take_up(console, report.path, report.conditions, config.resume, partial(kept, config))
+    report.link = Link(**earlier["link"]) if earlier.get("link") else None
+    have = {(row.engine, row.world_size) for row in report.rows}
+    if have:
+        report.write()  # where other rows moved aside, these went along
+    with Stop() as stop:
+        with stop.trials():
+            report.link = links(console, config, report.link)  # seconds; processes that can't talk fail here
+            for engine in config.scaling.engines:
+                for world_size in config.scaling.world_sizes:
+                    add(console, report, overrides, engine, world_size)
+        if stop.signal:
+            console.print(f"{stop.signal.name}: the trials end here; the same command goes on.")
+        finish(console, report, overrides, have)
+    return stop.exit_code or int(any(row.problem not in (None, NO_ROOM) for row in report.rows))
+
+
+def add(console: Console, report: Report, overrides: list[str], engine: str, world_size: int) -> None:
+    """The row of a trial, kept or measured."""
+    old = next((row for row in report.rows if (row.engine, row.world_size) == (engine, world_size)), None)
+    if old is not None:
+        console.print(f"{engine} on {world_size}: {old.tokens_per_s:,.0f} tokens/s, kept from an earlier call")
+        return
+    row = measure(console, report.config, overrides, engine, world_size, report.folder)
+    report.rows = arranged(report.config, [*report.rows, row])
+    report.write()  # what is measured stays, whatever comes later
+
+
+def finish(console: Console, report: Report, overrides: list[str], kept: Collection[tuple[str, int]]) -> None:
+    """Predictions, the table and the files; `kept` are the (engine, processes) of earlier calls."""
+    config, picture = report.config, report.folder / "scaling.png"
     if report.link is not None:
-        rows = predict(config, overrides, rows, report.link, folder)
-    console.print(table_of(rows, config.scaling.strong, have))
-    report.write(rows)
-    draw(rows, folder / "scaling.png", f"{kind_of(config)} scaling of {config.name}, {about([])['device']}")
-    console.print(f"{report.path}\n{folder / 'scaling.png'}", soft_wrap=True)
-    return int(any(row.problem not in (None, NO_ROOM) for row in rows))
+        report.rows = predict(config, overrides, report.rows, report.link, report.folder)
+    console.print(table_of(report.rows, config.scaling.strong, kept))
+    report.write()
+    draw(report.rows, picture, f"{kind_of(config)} scaling of {config.name}, {about([])['device']}")
+    console.print(f"{report.path}\n{picture}", soft_wrap=True)
 
 
 def kept(config: ScalingRunConfig, values: dict[str, Any]) -> Row | None:
@@ -133,11 +164,11 @@ def arranged(config: ScalingRunConfig, rows: Sequence[Row]) -> list[Row]:
     return result
 
 
-def links(console: Console, config: ScalingRunConfig, earlier: dict[str, Any] | None) -> Link | None:
+def links(console: Console, config: ScalingRunConfig, earlier: Link | None) -> Link | None:
     """The links between the largest number of processes, an earlier call's if it had as many; None if it is one."""
     largest = max(config.scaling.world_sizes)
-    if earlier is not None and earlier["world_size"] >= largest:
-        return Link(**earlier)
+    if earlier is not None and earlier.world_size >= largest:
+        return earlier
     if largest == 1:
         return None
     with console.status(f"links between {largest}"):
@@ -151,6 +182,7 @@ class Report:
     config: ScalingRunConfig
     folder: Path
     conditions: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
     link: Link | None = None
 
     @property
@@ -158,11 +190,11 @@ class Report:
         """Where it lies."""
         return self.folder / "scaling.json"
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Write it with these rows."""
+    def write(self) -> None:
+        """Write it with the rows so far."""
         facts = about(["scripts/scaling.py", *sys.argv[1:]])
         facts |= {"scaling": kind_of(self.config).lower(), "conditions": self.conditions}
-        facts |= {"link": self.link and asdict(self.link), "rows": [asdict(row) for row in rows]}
+        facts |= {"link": self.link and asdict(self.link), "rows": [asdict(row) for row in self.rows]}
         write_json(self.path, facts)
 
 
@@ -218,7 +250,7 @@ def measure(
     if trial is None:
         console.print(f"{label}: {problem}", markup=False, soft_wrap=True)
         return replace(Row(engine, world_size, batch, *[None] * 6), problem=problem)
-    console.print(f"{label}: {trial.tokens_per_s:,.0f} tokens/s")
+    console.print(f"{label}: {speed_and_time(trial)}")
     return Row(
         engine=engine,
         world_size=world_size,
@@ -229,6 +261,8 @@ def measure(
         mfu_causal=trial.mfu_causal,
         peak_memory_gb=trial.peak_memory_gb,
         efficiency=None,
+        start_s=trial.start_s,
+        wall_s=trial.wall_s,
     )
 
 

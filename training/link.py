@@ -22,6 +22,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 from configs.schema import Device
 from training import distributed
+from training.children import child
 from training.distributed import Processes
 
 BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
@@ -73,10 +74,11 @@ def probe(world_size: int, device: Device) -> Link:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     command = [*launcher, "-m", "training.link", device.value]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"The links between {world_size} processes can't be measured:\n{done.stderr[-2000:]}")
-    answer = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # NCCL may print around it
+    with child(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        printed, said = process.communicate()
+    if process.returncode != 0:
+        raise UserError(f"The links between {world_size} processes can't be measured:\n{said[-2000:]}")
+    answer = next(line for line in printed.splitlines() if line.startswith("{"))  # NCCL may print around it
     return Link(**json.loads(answer))
 
 

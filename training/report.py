@@ -81,7 +81,8 @@ def draw_bars(
     axes.set_title(title)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    if series:
+        axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     figure.savefig(path, dpi=150)
 
 
@@ -109,5 +110,6 @@ def draw_lines(
     axes.set_title(title)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if lines:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -13,14 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from configs import override
 from configs.errors import OUT_OF_MEMORY, OUT_OF_MEMORY_EXIT_CODE, UserError
 from training import metrics as m
+from training.children import child
 from training.logging import read_metrics
+from training.run import RunFolder, move_aside
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = (
@@ -55,6 +57,18 @@ class Trial:
     """Training loss of the last step, nats per token."""
     num_steps: int
     """Steps that the medians are over."""
+    start_s: float | None = None
+    """Seconds from the start of its processes to its first step done: imports, corpus, weights, compilation."""
+    wall_s: float | None = None
+    """Seconds from the start of its processes to their end."""
+
+
+def speed_and_time(trial: Trial) -> str:
+    """`12,345 tokens/s (first step after 21 s of 48 s)`: the result, and what it cost."""
+    speed = f"{trial.tokens_per_s:,.0f} tokens/s"
+    if trial.start_s is None or trial.wall_s is None:
+        return speed
+    return f"{speed} (first step after {trial.start_s:.0f} s of {trial.wall_s:.0f} s)"
 
 
 def run_trial(
@@ -68,7 +82,7 @@ def run_trial(
     """Train `steps` optimizer steps with `overrides` into `run_dir`, on `world_size` processes of this host.
 
     Returns None if the GPU's memory did not suffice. Raises `UserError` with the end of the run's output if it failed
-    otherwise. Ctrl-C stops the processes of the trial as well.
+    otherwise. Whatever ends the call ends all processes of the trial.
     """
     launcher = [sys.executable]
     if world_size > 1:
@@ -82,17 +96,19 @@ def run_trial(
         override("run_dir", run_dir),
     ]
     run_dir.mkdir(parents=True, exist_ok=True)
+    move_aside(RunFolder(run_dir))  # as the run itself would, but before its metrics are looked at
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with open(run_dir / "output.txt", "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                on_step(len(read_metrics(run_dir / "metrics.jsonl")))
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    with (
+        open(run_dir / "output.txt", "w") as output,
+        child(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        begin, first = time.monotonic(), None
+        while process.poll() is None:
+            time.sleep(0.2)
+            done = len(read_metrics(run_dir / "metrics.jsonl"))
+            first = first or (time.monotonic() if done else None)
+            on_step(done)
+        end = time.monotonic()
     said = (run_dir / "output.txt").read_text()
     # Under torchrun the exit code is torchrun's; an error while the model is built is PyTorch's own.
     if process.returncode == OUT_OF_MEMORY_EXIT_CODE or OUT_OF_MEMORY in said or "OutOfMemoryError" in said:
@@ -101,7 +117,8 @@ def run_trial(
         raise UserError(
             f"The trial in {run_dir} failed with exit code {process.returncode}. Its output ends with:\n{end_of(said)}"
         )
-    return summarise(read_metrics(run_dir / "metrics.jsonl"), steps)
+    trial = summarise(read_metrics(run_dir / "metrics.jsonl"), steps)
+    return replace(trial, start_s=(first or end) - begin, wall_s=end - begin)
 
 
 def end_of(output: str) -> str:

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from kernels.attention.dispatch import PATH_ENV
 from kernels.attention.hopper import tuning
 from kernels.attention.portable import tuning as portable_tuning
 from scripts import bench_attention as bench
-from scripts import bench_cells, bench_implementations
+from scripts import bench_cells, bench_implementations, bench_report
 from scripts.bench_cells import Cell
 from scripts.bench_implementations import standard
 
@@ -251,6 +251,33 @@ def test_ragged(tmp_path: Path) -> None:
     assert sum(forward[4]["documents"]) == 64
     assert len(data["costs"]) == 2 * 3
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+def test_lines_go_by_length_and_cells_of_a_token_more_are_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    grid = bench_cells.dense_grid([32], [True], [64, 128, 256], 256, 64)
+    cells = [cell for dense, others in _with_ragged(grid) for cell in (*others, dense)][::-1]
+    lines: list[tuple[float, ...]] = []
+    titles: list[str] = []
+    plot, set_title = Axes.plot, Axes.set_title
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: (lines.append(x), plot(self, x, y, **style)))
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **style: (titles.append(text), set_title(self, text)))
+    results = [bench_cells.result_of("portable", cell, "forward", [1.0], "") for cell in cells]
+    bench_report.plot_results(results, tmp_path / "bench.png", "")
+    found = dict(zip(titles, lines, strict=True))
+    assert found["forward, D = 32, causal"] == (64, 128, 256)
+    assert found["forward, D = 32, causal, S + 1"] == (65, 129, 257)
+    assert found["forward, D = 32, causal, documents"] == (64, 128, 256)
+
+
+def _with_ragged(grid: Sequence[Cell]) -> Iterator[tuple[Cell, list[Cell]]]:
+    """Each cell of the grid with those that `--ragged` adds."""
+    dense_of = bench_cells.ragged(grid)
+    for dense in grid:
+        yield dense, [cell for cell, of in dense_of.items() if of == dense]
 
 
 def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cell: Cell) -> torch.Tensor:

@@ -1,14 +1,18 @@
 """The tools that compare settings, on tiny runs: what they leave, and what they make of runs that don't fit."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -18,14 +22,17 @@ from configs.schema import Attention
 from scripts import compare_attention, scaling
 from tests.runs.conftest import ENVIRONMENT, ROOT, TINY
 from training.link import Link
+from training.run import RunFolder, claim
 from training.trial import Trial, summarise
 
 TRIAL = Trial(100.0, 0.1, 1.0, 0.5, 0.4, 2.0, 3.0, 4)
 
 
+SHORT = [o for o in TINY if not o.startswith(("train.steps", "train.eval", "train.save", "train.log"))]
+
+
 def run_tool(script: str, tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    settings = [o for o in TINY if not o.startswith(("train.steps", "train.eval", "train.save", "train.log"))]
-    command = [sys.executable, str(ROOT / "scripts" / script), "experiment=quickstart", *settings, *overrides]
+    command = [sys.executable, str(ROOT / "scripts" / script), "experiment=quickstart", *SHORT, *overrides]
     command += [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'out'}"]
     result = subprocess.run(
         command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
@@ -42,6 +49,7 @@ def test_compare_attention_leaves_rows_and_a_picture(tmp_path: Path) -> None:
         assert row["tokens_per_s"] > 0
         assert row["peak_memory_gb"] > 0
         assert row["loss"] > 0
+        assert 1 < row["start_s"] <= row["wall_s"] < 300
         assert {"mfu", "mfu_causal"} <= row.keys()
     first, second = report["rows"]
     assert first["speedup"] == 1.0
@@ -51,6 +59,7 @@ def test_compare_attention_leaves_rows_and_a_picture(tmp_path: Path) -> None:
     assert "compare.steps=5" in report["command"]
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "speed-up" in result.stdout
+    assert re.search(r"sdpa, micro-batch 4: [\d,]+ tokens/s \(first step after \d+ s of \d+ s\)", result.stdout)
 
 
 def test_scaling_leaves_rows_and_a_picture(tmp_path: Path) -> None:
@@ -218,6 +227,16 @@ def test_comparison_of_other_conditions_starts_anew(
         compared(monkeypatch, tmp_path, *paper, "resume=elsewhere")
 
 
+def test_two_calls_at_once_need_two_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paper = ("compare.paper=true", "compare.settings=[gpt3_2b7_8k]", "compare.attention=[flash]")
+    with claim(RunFolder(tmp_path), "auto"):
+        with pytest.raises(UserError, match=r"give run_dir=PATH"):
+            compared(monkeypatch, tmp_path, *paper)
+        with pytest.raises(UserError, match=r"give run_dir=PATH"):
+            scaled(monkeypatch, tmp_path)
+    assert compared(monkeypatch, tmp_path, *paper)[1]
+
+
 def test_settings_that_are_not_the_papers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gpt3_13b_2k; possible are gpt3_1b3_2k, gpt3_1b3_8k"):
         compared(monkeypatch, tmp_path, "compare.paper=true", "compare.settings=[gpt3_13b_2k]")
@@ -240,8 +259,13 @@ def test_paper_settings_compose() -> None:
 def test_failed_trial_shows_the_end_of_its_output(tmp_path: Path) -> None:
     from training.trial import run_trial
 
+    folder, seen = tmp_path / "trial", set[int]()
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"Did you mean 'train\.steps'"):
-        run_trial(["train.stepz=3"], tmp_path / "trial", steps=3)
+        run_trial(["train.stepz=3"], folder, steps=3, on_step=seen.add)
+    assert seen == {0}  # steps of an earlier trial in the folder are none of this one
+    assert (folder / "previous" / "1" / "metrics.jsonl").exists()
 
 
 def test_what_torchrun_says_of_a_failure_does_not_hide_it() -> None:
@@ -321,6 +345,37 @@ def test_scaling_goes_on_where_it_was_left(
     assert started == ["zero3_1", "zero3_2"]  # what failed is run anew; four links do for two
     assert report["link"]["world_size"] == 4
     assert [r["world_size"] for r in report["rows"] if r["engine"] == "zero1"] == [1, 2, 4]
+
+
+def test_ctrl_c_ends_the_trials_and_leaves_the_rows(tmp_path: Path) -> None:
+    """In the second trial, of two ranks: the first one's row is reported, and no process is left."""
+    settings = ["scaling.world_sizes=[1,2]", "scaling.steps=300", f"data.cache_dir={tmp_path / 'cache'}"]
+    settings += ["experiment=quickstart", *SHORT, f"run_dir={tmp_path / 'out'}"]
+    command = [sys.executable, str(ROOT / "scripts" / "scaling.py"), *settings]
+    metrics = tmp_path / "out" / "zero1_2" / "metrics.jsonl"
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=-1, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(started := processes_of(tmp_path)) >= 4  # the tool, torchrun, two ranks
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)  # an impatient user changes nothing
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "SIGINT: the trials end here; the same command goes on." in output
+    assert "Weak scaling" in output
+    report = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert [(row["engine"], row["world_size"]) for row in report["rows"]] == [("zero1", 1)]
+    assert (tmp_path / "out" / "scaling.png").exists()
+    assert not [process for process in started if process.is_running()]
+    assert not processes_of(tmp_path)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those whose command line names the folder."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or ())]
 
 
 def test_scaling_keeps_no_row_of_another_batch(
