@@ -129,7 +129,7 @@ def forward_candidates(width: int) -> dict[str, ForwardSchedule]:
             "split,half": ForwardSchedule(half, split=True),
             "split,half,early": ForwardSchedule(half, split=True, early=True),
             "split,half,early,streaming": ForwardSchedule(half, split=True, early=True, streaming=True),
-            "split,ahead": ForwardSchedule(warps, True, _resident(warps, 72), ahead=True, early=True),
+            "split,ahead": ForwardSchedule(warps, True, _resident(warps, 80), ahead=True, early=True),
             "split,stages3": ForwardSchedule(warps, True, _resident(warps, 80), stages=3, early=True),
             "split,half,ahead": ForwardSchedule(half, True, _resident(half, 128), ahead=True, early=True),
             "split,half,stages3": ForwardSchedule(half, True, _resident(half, 128), stages=3, early=True),
@@ -163,11 +163,11 @@ def backward_candidates(width: int) -> dict[str, BackwardSchedule]:
             "split,stages3": make(warps, 128, split=True, stages=3),
             "split,stages3,streaming": make(warps, 128, split=True, stages=3, streaming=True),
             "split,half": make(half, 168, split=True),
-            "split,half,ahead": make(half, 200, split=True, ahead=True),
+            "split,half,ahead": make(half, 200 if half > 1 else 168, split=True, ahead=True),
             "split,half,stages2": make(half, 168, split=True, stages=2),
             "split,half,stages3": make(half, 168, split=True, stages=3),
             "split,half,stages3,streaming": make(half, 168, split=True, stages=3, streaming=True),
-            "split,half,stages4": make(half, 168, split=True, stages=4),
+            "split,half,stages4": make(half, 168 if half > 1 else 224, split=True, stages=4),
         }
     return found
 
@@ -267,10 +267,7 @@ def _add_norm_kernel(
     EVICT: tl.constexpr,
 ):
     first, step = tl.program_id(0), tl.num_programs(0)
-    if LOOP:
-        turns = tl.cdiv(num_rows - first, step)
-    else:
-        turns: tl.constexpr = 1
+    turns = tl.cdiv(num_rows - first, step) if LOOP else 1
     if EARLY:
         weight = _load(weight_ptr, 0, width, 0, MAIN, EXACT, "")
         bias = weight

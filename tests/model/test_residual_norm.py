@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 from configs.schema import ModelConfig, Norm, Toggle
+from kernels.compile_check import load_budget
 from model import build_model, norm_kernel
 from model.norm_kernel import (
     CPU_PROGRAMS,
@@ -150,6 +151,19 @@ def test_candidates() -> None:
         for schedule in (*forward.values(), *backward.values()):
             assert 32 * schedule.warps * schedule.per_sm <= 2048  # threads of an SM
             assert not schedule.split or tiles_of(width, True)[1]
+
+
+def test_programs_of_candidates_run_at_once() -> None:
+    """Registers, by the compiler's budget, and shared memory allow `per_sm` programs on an SM of a Hopper GPU."""
+    budget = load_budget()
+    for width in (768, 2560):
+        for direction, candidates in (("forward", forward_candidates), ("backward", backward_candidates)):
+            for name, schedule in candidates(width).items():
+                entry = budget[f"norm.{direction}[{width},{name}] sm_90"]
+                registers = -(-entry.registers // 8) * 8  # given out in eights
+                assert 32 * schedule.warps * schedule.per_sm * registers <= norm_kernel.REGISTERS_PER_SM, name
+                assert schedule.per_sm * (entry.shared_bytes + 1024) <= 228 * 1024, name
+                assert entry.spill_bytes == 0, name
 
 
 def test_tiles() -> None:
