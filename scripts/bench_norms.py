@@ -38,6 +38,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch._functorch.config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -394,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench_norms.py times kernels on a GPU, and PyTorch finds no CUDA device here", file=sys.stderr)
         return 2
+    torch._functorch.config.donated_buffer = False  # compiled backward passes are called again on a kept graph
     console = Console(width=None if sys.stdout.isatty() else 160)
     meta, timer, results = environment(args), ColdTimer(), []
     console.print(f"{meta['gpu']}  torch {meta['torch']}  triton {meta['triton']}  {meta['date']}", highlight=False)
