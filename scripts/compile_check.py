@@ -31,6 +31,7 @@ from kernels.compile_check import (
 PROVIDERS = (
     "kernels.attention.portable:compile_cases",
     "kernels.attention.hopper:compile_cases",
+    "model.norm_kernel:compile_cases",
     "training.adamw_kernel:compile_cases",
 )
 CACHE = ROOT / ".cache" / "triton"

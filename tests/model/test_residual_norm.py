@@ -11,8 +11,23 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 from configs.schema import ModelConfig, Norm, Toggle
-from model import build_model
-from model.norm_kernel import CPU_PROGRAMS, add_norm, add_norm_backward, programs_of
+from kernels.compile_check import load_budget
+from model import build_model, norm_kernel
+from model.norm_kernel import (
+    CPU_PROGRAMS,
+    BackwardSchedule,
+    ForwardSchedule,
+    add_norm,
+    add_norm_backward,
+    backward_candidates,
+    backward_schedule,
+    forward_candidates,
+    forward_schedule,
+    programs_of,
+    run_backward,
+    run_forward,
+    tiles_of,
+)
 from model.residual_norm import ResidualNorm, norms_run_fused
 from tests.model.small import LLAMA, batch, small
 
@@ -83,7 +98,7 @@ def test_operators(rows: int, stream: bool) -> None:
     arguments = (d_y, d_sum if stream else None, total, weight, stats, True)
     torch.library.opcheck(add_norm_backward, arguments)
     d_x, parts = add_norm_backward(*arguments)
-    assert parts.shape == (2, programs_of(rows, 24, x.device), 24)
+    assert parts.shape == (2, programs_of(rows, backward_schedule(24).per_sm, x.device), 24)
     leaf = total.double().requires_grad_()
     w, b = weight.double().requires_grad_(), bias.double().requires_grad_()
     F.layer_norm(leaf, (24,), w, b).backward(d_y.double())
@@ -91,6 +106,88 @@ def test_operators(rows: int, stream: bool) -> None:
     torch.testing.assert_close(d_x.double(), leaf.grad + (d_sum if stream else 0.0), rtol=1e-4, atol=1e-5)
     for part, gradient in zip(parts, (w.grad, b.grad), strict=True):
         torch.testing.assert_close(part.double().sum(0), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [24, 44, 64], ids=["two-tiles", "two-tiles-not-full", "one-tile"])
+@pytest.mark.parametrize("rows", [1, CPU_PROGRAMS + 1, 11])
+@pytest.mark.parametrize(("mean", "bias", "add"), [(True, True, True), (True, False, False), (False, False, True)])
+def test_schedules(width: int, rows: int, mean: bool, bias: bool, add: bool) -> None:
+    """Every candidate against fp64, with a mean far from zero; sums are those of the default's programs."""
+    torch.manual_seed(rows)
+    x, f, d_y, d_sum = torch.randn(4, rows, width, device=DEVICE) + torch.tensor([3.0, 0, 0, 0])[:, None, None].to(
+        DEVICE
+    )
+    weight, shift = torch.randn(2, width, device=DEVICE)
+    given = (x, f if add else None, weight, shift if bias else None, 1e-3, mean)
+    leaf = (x + f if add else x).double().requires_grad_()
+    w, b = weight.double().requires_grad_(), shift.double().requires_grad_()
+    centred = leaf - leaf.mean(1, keepdim=True) if mean else leaf
+    r = (centred.square().mean(1, keepdim=True) + 1e-3).rsqrt()
+    exact = centred * r * w + (b if bias else 0.0)
+    exact.backward(d_y.double())
+    assert leaf.grad is not None
+    for name, forward in forward_candidates(width).items():
+        total, y, stats = run_forward(*given, forward)
+        torch.testing.assert_close(total if add else x, x + f if add else x, rtol=0, atol=0)
+        torch.testing.assert_close(y.double(), exact.detach(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(stats[0].double(), r.detach().flatten(), rtol=1e-5, atol=0)
+    for name, backward in backward_candidates(width).items():
+        d_x, parts = run_backward(d_y, d_sum if add else None, leaf.detach().float(), weight, stats, bias, backward)
+        expected = leaf.grad + (d_sum if add else 0.0)
+        torch.testing.assert_close(d_x.double(), expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert parts.shape == (2 if bias else 1, programs_of(rows, backward.per_sm, x.device), width)
+        for part, gradient in zip(parts, (w.grad, b.grad) if bias else (w.grad,), strict=True):
+            torch.testing.assert_close(part.double().sum(0), gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_candidates() -> None:
+    """The default comes first and is what runs; each way has all of its fields tried; no two are the same."""
+    for width in (768, 2560, 4096):
+        forward, backward = forward_candidates(width), backward_candidates(width)
+        assert next(iter(forward.values())) == forward_schedule(width)
+        assert next(iter(backward.values())) == backward_schedule(width)
+        assert len(set(forward.values())) == len(forward)
+        assert len(set(backward.values())) == len(backward)
+        for schedule in (*forward.values(), *backward.values()):
+            assert 32 * schedule.warps * schedule.per_sm <= 2048  # threads of an SM
+            assert not schedule.split or tiles_of(width, True)[1]
+
+
+def test_programs_of_candidates_run_at_once() -> None:
+    """Registers, by the compiler's budget, and shared memory allow `per_sm` programs on an SM of a Hopper GPU."""
+    budget = load_budget()
+    for width in (768, 2560):
+        for direction, candidates in (("forward", forward_candidates), ("backward", backward_candidates)):
+            for name, schedule in candidates(width).items():
+                entry = budget[f"norm.{direction}[{width},{name}] sm_90"]
+                registers = -(-entry.registers // 8) * 8  # given out in eights
+                assert 32 * schedule.warps * schedule.per_sm * registers <= norm_kernel.REGISTERS_PER_SM, name
+                assert schedule.per_sm * (entry.shared_bytes + 1024) <= 228 * 1024, name
+                assert entry.spill_bytes == 0, name
+
+
+def test_tiles() -> None:
+    assert tiles_of(2560, True) == (2048, 512)
+    assert tiles_of(2560, False) == (4096, 0)
+    assert tiles_of(1600, True) == (1024, 1024)
+    assert tiles_of(4096, True) == (4096, 0)
+
+
+def test_schedules_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="per_sm must be set"):
+        ForwardSchedule(8, stages=3)
+    with pytest.raises(ValueError, match="per_sm must be set"):
+        BackwardSchedule(8)
+
+
+def test_schedule_by_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators run by the tables, and their declarations follow."""
+    split = BackwardSchedule(1, True, 1, stages=3, joint=True, early=True)
+    monkeypatch.setitem(norm_kernel.BACKWARD, 24, split)
+    monkeypatch.setitem(norm_kernel.FORWARD, 24, ForwardSchedule(1, True, 1, stages=3, early=True))
+    test_operators(10, True)
+    assert backward_schedule(24) is split
+    assert backward_schedule(48) == BackwardSchedule(1, per_sm=16)
 
 
 @pytest.mark.parametrize("options", [{}, LLAMA, {"bias": False}], ids=["gpt2", "llama", "no-bias"])
