@@ -59,16 +59,24 @@ def restored(tables: Sequence[dict[Any, Any]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
-    """The Hopper path's tile tables with these fields changed for every width."""
+    """The Hopper path's tile tables with these fields changed for every width. ``candidate``: the name of one of
+    tuning.FORWARD_CANDIDATES, which takes the forward's place for every length at the widths that have it."""
     from kernels.attention.hopper import tuning
 
-    tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
+    name = changes.get("candidate")
+    candidates = {width: tiles[name] for width, tiles in tuning.FORWARD_CANDIDATES.items() if name in tiles}
+    if name is not None and not candidates:
+        raise ValueError(
+            f"no forward candidate {name!r}; there are {sorted(set().union(*tuning.FORWARD_CANDIDATES.values()))}"
+        )
+    tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.FORWARD_SHORT, tuning.FORWARD_TALL, tuning.BACKWARD)
     known = {f.name for table in tables for tile in table.values() for f in dataclasses.fields(tile)}
-    if unknown := set(changes) - known:
+    if unknown := set(changes) - known - {"candidate"}:
         raise ValueError(f"hopper has no tile parameter {sorted(unknown)}; it has {sorted(known)}")
     with restored(tables):
         for table in tables:
-            for width, tile in table.items():
+            for width, shipped in table.items():
+                tile = shipped if table is tuning.BACKWARD else candidates.get(width, shipped)
                 mine = {f.name: changes[f.name] for f in dataclasses.fields(tile) if f.name in changes}
                 table[width] = dataclasses.replace(tile, **mine)
         yield

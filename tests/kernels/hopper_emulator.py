@@ -440,7 +440,14 @@ class EmulatedKernel:
         self.module, self.name, self.libraries = module, name, (tiles, *libraries)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*, num_warps: int, enable_fp_fusion: bool, launch_pdl: bool = False, **kwargs: Any) -> None:
+        def launch(
+            *,
+            num_warps: int,
+            enable_fp_fusion: bool,
+            launch_pdl: bool = False,
+            maxnreg: int | None = None,
+            **kwargs: Any,
+        ) -> None:
             args = {key: _argument(x) for key, x in kwargs.items()}
             reductions.clear()
 

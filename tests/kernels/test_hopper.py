@@ -197,6 +197,76 @@ def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
     assert int(launch._tile_counter(q.device)) == 0, "the counter must be left as it was found"
 
 
+FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
+    **tuning.FORWARD_CANDIDATES[64],
+    "one stage, O in Q's buffer": replace(tuning.FORWARD[64], ahead=True, own_o=False, stages=1),
+    "named, no turns": replace(tuning.FORWARD[64], named_kv=True, pingpong=False),
+    "no overlap, turns": replace(tuning.FORWARD[64], overlap=False),
+    "tall, trim": replace(tuning.FORWARD_TALL[64], trim=True),
+}
+"""Forward tiles that are not shipped."""
+
+
+def check_forward(case: Case) -> None:
+    """Out and LSE against the formula, and the counter as it was found."""
+    q, k, v, _, params, extras = inputs(case)
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+    tolerance = 0.02 if case.dtype == torch.bfloat16 else 0.004
+    for rows, keys, stats in sequences(case, extras):
+        true_out, true_lse = reference(
+            *(t[i].double() for t, i in ((q, rows), (k, keys), (v, keys))), params.softmax_scale, case.left, case.right
+        )
+        torch.testing.assert_close(lse[stats].double(), true_lse, atol=1e-3, rtol=0)
+        torch.testing.assert_close(out[rows].double(), true_out, atol=tolerance, rtol=tolerance)
+    assert int(launch._tile_counter(q.device)) == 0
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("variant", FORWARD_VARIANTS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.head_dim <= 128], ids=str)
+def test_forward_variants_match_the_formula(
+    case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "forward_tile", lambda *_: FORWARD_VARIANTS[variant])
+    check_forward(case)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("variant", FORWARD_VARIANTS)
+def test_rings_of_forward_variants(variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1, 2, 3, stages and stages + 1 key blocks, over several tiles per CTA."""
+    tile = FORWARD_VARIANTS[variant]
+    monkeypatch.setattr(tuning, "forward_tile", lambda *_: tile)
+    for blocks in sorted({1, 2, 3, tile.stages, tile.stages + 1}):
+        keys = tile.block_n * blocks
+        for right in (-1, 0):
+            check_forward(Case(((256, keys),), heads=5, right=right))
+            check_forward(Case(((keys, keys),), heads=5, right=right))
+
+
+def test_registers_and_barriers_of_forward_tiles() -> None:
+    assert tuning.FORWARD[64].options() == {}, "one CTA: Triton's own choice"
+    assert tuning.FORWARD_CANDIDATES[64]["two_ctas"].options() == {"maxnreg": 80}
+    with pytest.raises(ValueError, match="rings of 3"):
+        replace(tuning.FORWARD[64], stages=4, named_kv=True)
+    with pytest.raises(ValueError, match="rings of 2"):
+        replace(tuning.FORWARD_TALL[64], stages=3, named_kv=True)
+
+
+def test_short_sequences_may_have_a_tile_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = tuning.FORWARD_CANDIDATES[64]["two_ctas"]
+    monkeypatch.setitem(tuning.FORWARD_SHORT, 64, short)
+    monkeypatch.setitem(tuning.SHORT_KEYS, (64, True), 1024)
+    for keys, left, right, want in (
+        (1024, False, True, short),
+        (1025, False, True, tuning.FORWARD[64]),
+        (512, False, False, tuning.FORWARD_TALL[64]),
+        (512, True, True, tuning.FORWARD[64]),
+    ):
+        assert tuning.forward_tile(64, keys, left, right) is want
+    assert tuning.forward_tile(128, 512, False, True) is tuning.FORWARD[128]
+
+
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize("key_blocks", [1, 2, 3, 4, 5])
 def test_every_ring_phase(key_blocks: int, emulated: None) -> None:

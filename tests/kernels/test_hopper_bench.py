@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -136,6 +137,21 @@ def test_a_field_of_one_kernel_leaves_the_others_and_a_wrong_value_leaves_all(mo
     with pytest.raises(ValueError, match="q_stages is 1"), context():
         pass
     assert before == (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
+
+
+def test_a_forward_candidate_takes_every_length_at_its_widths() -> None:
+    before = dict(tuning.FORWARD), dict(tuning.FORWARD_TALL), dict(tuning.BACKWARD)
+    want = tuning.FORWARD_CANDIDATES[64]["two_ctas"]
+    _, context = bench.parse_implementation('hopper[candidate="two_ctas",stages=3]')
+    with context():
+        for keys, right in itertools.product((512, 16384), (False, True)):
+            assert tuning.forward_tile(64, keys, False, right) == dataclasses.replace(want, stages=3)
+        assert tuning.FORWARD[128] == dataclasses.replace(before[0][128], stages=3)
+        assert before[2] == tuning.BACKWARD
+    assert before == (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
+    _, context = bench.parse_implementation('hopper[candidate="typo"]')
+    with pytest.raises(ValueError, match="no forward candidate"), context():
+        pass
 
 
 def test_portable_tiles_are_changed_for_one_kernel_and_restored() -> None:

@@ -67,6 +67,10 @@ def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, 
         "RIGHT": right,
         "OWN_O": tile.own_o,
         "PINGPONG": tile.pingpong,
+        "OVERLAP": tile.overlap,
+        "AHEAD": tile.ahead,
+        "TRIM": tile.trim,
+        "NAMED": tile.named_kv,
     }
     return source(forward_kernel, types, constants | ({} if varlen else {"cu_q": None, "cu_k": None}))
 
@@ -129,13 +133,11 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for width, tile in tuning.FORWARD.items():
         for dtype, mask, varlen in _combinations():
-            name = f"hopper.forward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
-            make = _bind(forward_source, width, tile, dtype, mask, varlen)
-            cases.append(CompileCase(name, make, 4, quick=_quick(width, mask, varlen, dtype)))
-    for width, tile in tuning.FORWARD_TALL.items():
-        for mask, varlen in itertools.product(("full", "causal"), (False, True)):
-            name = f"hopper.forward_tall[d{width},{mask},{'varlen' if varlen else 'dense'},bf16]"
-            cases.append(CompileCase(name, _bind(forward_source, width, tile, "bf16", mask, varlen), 4))
+            quick = _quick(width, mask, varlen, dtype)
+            cases.append(_forward_case("forward", width, tile, dtype, mask, varlen, quick=quick))
+    for kind, table in (("tall", tuning.FORWARD_TALL), ("short", tuning.FORWARD_SHORT)):
+        for (width, tile), mask, varlen in itertools.product(table.items(), ("full", "causal"), (False, True)):
+            cases.append(_forward_case(f"forward_{kind}", width, tile, "bf16", mask, varlen))
     for width, backward_tile in tuning.BACKWARD.items():
         num_warps = backward_tile.num_warps
         for dtype, mask, varlen in _combinations():
@@ -157,6 +159,25 @@ def compile_cases() -> list[CompileCase]:
     for name, (kernel, constants, num_warps) in small.items():
         cases.append(CompileCase(f"hopper.{name}", _bind(elementwise_source, kernel, "bf16", constants), num_warps))
     return cases
+
+
+def candidate_cases() -> list[CompileCase]:
+    """The forward tiles that are still to be measured: ``scripts/compile_check.py --provider
+    kernels.attention.hopper.cases:candidate_cases`` (they have no budget)."""
+    return [
+        _forward_case(f"forward_{name}", width, tile, dtype, mask, varlen)
+        for width, tiles in tuning.FORWARD_CANDIDATES.items()
+        for name, tile in tiles.items()
+        for dtype, mask, varlen in _combinations()
+    ]
+
+
+def _forward_case(
+    name: str, width: int, tile: tuning.ForwardTile, dtype: str, mask: str, varlen: bool, quick: bool = False
+) -> CompileCase:
+    full_name = f"hopper.{name}[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
+    make = _bind(forward_source, width, tile, dtype, mask, varlen)
+    return CompileCase(full_name, make, 4, options=tile.options(), quick=quick)
 
 
 def _combinations() -> list[tuple[str, str, bool]]:

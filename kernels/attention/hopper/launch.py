@@ -266,7 +266,7 @@ def _plan_forward_launch(
             4 * call.seqlen_k * call.width // group,
             call.batch * call.num_heads,
             triton.cdiv(call.seqlen_q, tile.block_m),
-            _num_sms(q.device),
+            tile.ctas * _num_sms(q.device),
             group,
         ),
         "Sq": call.seqlen_q,
@@ -287,9 +287,13 @@ def _plan_forward_launch(
         "RIGHT": right,
         "OWN_O": tile.own_o,
         "PINGPONG": tile.pingpong,
+        "OVERLAP": tile.overlap,
+        "AHEAD": tile.ahead,
+        "TRIM": tile.trim,
+        "NAMED": tile.named_kv,
     }
-    num_programs = min(_num_sms(q.device), num_tiles)
-    return Launch(forward_kernel, num_programs, arguments, num_warps=4, enable_fp_fusion=True)
+    num_programs = min(tile.ctas * _num_sms(q.device), num_tiles)
+    return Launch(forward_kernel, num_programs, arguments, num_warps=4, enable_fp_fusion=True, **tile.options())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Each choice is one that compiles without a spill or a serialised product (docs/k
 runners-up).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -25,6 +25,31 @@ class ForwardTile:
     """O has its own shared memory, so that the next tile's Q can be loaded during the epilogue."""
     pingpong: bool
     """Warpgroups take turns on the tensor cores."""
+    overlap: bool = True
+    """Within a warpgroup, softmax runs beside P V of the block before; that P is kept meanwhile, in block_n / 4
+    registers a thread."""
+    ahead: bool = False
+    """The producer works up to two tiles ahead: Q has two buffers, and the consumers are told where a tile lies instead
+    of working it out of its number."""
+    trim: bool = False
+    """A warpgroup passes over key blocks that only other rows of its tile see."""
+    named_kv: bool = False
+    """Consumers release K and V through named barriers, where nobody waits for the other warps."""
+    ctas: int = 1
+    """CTAs per multiprocessor, which share out its registers and its shared memory."""
+
+    def __post_init__(self) -> None:
+        stages = (8 - (self.block_m // 64 if self.pingpong else 0)) // 2
+        if self.named_kv and self.stages > stages:
+            raise ValueError(f"named barriers serve rings of {stages} beside the turns, got {self.stages} stages")
+
+    def options(self) -> dict[str, int]:
+        """Launch options beside the number of warps: at entry all warps of a CTA, a multiple of 4, have as many
+        registers; Triton takes all there are for one CTA."""
+        if self.ctas == 1:
+            return {}
+        threads = 128 * (self.block_m // 64 + 1)
+        return {"maxnreg": 65536 // (self.ctas * threads) // 8 * 8}
 
 
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
@@ -156,8 +181,38 @@ FORWARD_TALL: dict[int, ForwardTile] = {
 }
 """Padded head dim -> forward tile where rows have much to do: H100, 16k tokens, TFLOP/s at S = 512, 2k, 16k: full 370
 500 563, where FORWARD has 364 454 484; causal 181 376 545 and 211 393 488."""
-TALL_KEYS = 4096
-"""Keys from which causal calls take FORWARD_TALL."""
+FORWARD_SHORT: dict[int, ForwardTile] = {}
+"""Padded head dim -> forward tile up to SHORT_KEYS keys; none has been measured to win yet (FORWARD_CANDIDATES)."""
+SHORT_KEYS: dict[tuple[int, bool], int] = {}
+"""(padded head dim, whether later keys are hidden) -> keys up to which calls take FORWARD_SHORT; windows on the left
+do not."""
+TALL_KEYS = {True: 4096, False: 0}
+"""Whether later keys are hidden -> keys from which calls take FORWARD_TALL; windows on the left do not."""
+
+_AHEAD = replace(FORWARD[64], ahead=True)
+_TALL_AHEAD = replace(FORWARD_TALL[64], ahead=True, trim=True)
+_TWO_CTAS = ForwardTile(128, 64, 4, 104, own_o=True, pingpong=False, overlap=False, ahead=True, ctas=2)
+FORWARD_CANDIDATES: dict[int, dict[str, ForwardTile]] = {
+    64: {
+        "ahead": _AHEAD,
+        "ahead_named": replace(_AHEAD, named_kv=True),
+        "ahead_free": replace(_AHEAD, pingpong=False),
+        "tall_ahead": _TALL_AHEAD,
+        "tall_ahead_named": replace(_TALL_AHEAD, named_kv=True),
+        "tall_ahead_free": replace(_TALL_AHEAD, pingpong=False),
+        "tall_narrow_ahead": replace(_TALL_AHEAD, block_n=64, stages=4),
+        "two_ctas": _TWO_CTAS,
+        "two_ctas_trim": replace(_TWO_CTAS, trim=True),
+        "two_ctas_trim_named": replace(_TWO_CTAS, trim=True, named_kv=True),
+    },
+    128: {
+        "ahead": replace(FORWARD[128], ahead=True),
+        "ahead_named": replace(FORWARD[128], ahead=True, named_kv=True),
+        "ahead_shared": replace(FORWARD[128], ahead=True, own_o=False),
+        "narrow_ahead": replace(FORWARD[128], block_n=64, stages=4, ahead=True, trim=True),
+    },
+}
+"""Padded head dim -> name -> forward tile that compiles clean and that nothing chooses before it has been measured."""
 
 BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     # K and V from registers: +10 to 18 % on an H100; under Triton 3.9 they spill.
@@ -183,8 +238,11 @@ def padded_head_dim(head_dim: int) -> int:
 
 def forward_tile(width: int, seqlen_k: int, left: bool, right: bool) -> ForwardTile:
     """The forward's tile at this padded head dim, for keys of this length and masks on the left and on the right."""
-    tall = not left and (seqlen_k >= TALL_KEYS or not right)
-    return (FORWARD_TALL.get(width) if tall else None) or FORWARD[width]
+    if not left and width in FORWARD_SHORT and seqlen_k <= SHORT_KEYS.get((width, right), -1):
+        return FORWARD_SHORT[width]
+    if not left and width in FORWARD_TALL and seqlen_k >= TALL_KEYS[right]:
+        return FORWARD_TALL[width]
+    return FORWARD[width]
 
 
 def section_heads(

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -357,6 +358,57 @@ def with_tile(table: dict[int, Any], width: int, tile: Any, check: Callable[...,
         op.forget()
 
 
+def forward_repeats(case: Case, times: int = 20) -> None:
+    """Out and LSE bitwise equal over ``times`` runs while other work moves the CTAs around."""
+    q, k, v, _, _ = make_inputs(case)
+    noise = torch.randn(512, 512, device="cuda")
+    side = torch.cuda.Stream()
+    first: tuple[Tensor, ...] | None = None
+    for i in range(times):
+        with torch.cuda.stream(side):
+            for _ in range(i % 4):
+                noise = noise @ noise * 1e-3
+        out, lse, _ = kernels.flash_attn_func(q, k, v, return_attn_probs=True, **case.options)
+        first = (out, lse) if first is None else first
+        for name, a, b in zip(("out", "lse"), first, (out, lse), strict=True):
+            assert torch.equal(a, b), f"{name} differs in run {i}"
+
+
+def forward_candidate(width: int, name: str) -> Iterator[Check]:
+    """A forward tile that is still to be measured: ring phases with fewer and more tiles than there are CTAs, shapes,
+    windows, groups of heads, varlen, and 20 equal runs."""
+    tile = tuning.FORWARD_CANDIDATES[width][name]
+    cases = []
+    phases = sorted({1, 2, 3, tile.stages, tile.stages + 1})
+    for blocks, (batch, heads) in itertools.product(phases, ((1, 1), (4, 8), (9, 32))):
+        keys = tile.block_n * blocks
+        for sq, options in ((256, {}), (256, CAUSAL), (keys, CAUSAL)):
+            cases.append(Case(sq, keys, width, heads, heads, batch, dtype=BF16, options=options))
+    for (sq, sk), causal in itertools.product(SHAPES, (False, True)):
+        cases.append(Case(sq, sk, width, 4, 2, batch=2, dtype=FP16, options={"causal": causal}))
+    for window in ((0, 0), (63, 64), (64, 63), (127, 0), (-1, 100), (200, -1)):
+        cases.append(Case(513, 700, width, dtype=BF16, options={"window_size": window}))
+    cases.append(Case(700, 700, width - 24, 6, 3, batch=3, dtype=BF16, options=CAUSAL))
+    cases.append(Case(400, 400, width, dtype=BF16, magnitude=30.0, options=CAUSAL))
+    for case in cases:
+        yield f"{name} {case}", functools.partial(with_forward_tile, tile, forward_only, case)
+    for options, lengths in itertools.product(({}, CAUSAL), VARLEN_LENGTHS):
+        case = Case(0, 0, width, 4, 2, dtype=BF16, options=options)
+        check = functools.partial(check_varlen, lengths, lengths, case, tail=37)
+        yield f"{name} varlen {lengths} {case}", functools.partial(with_forward_tile, tile, check)
+    for sq, causal, heads in itertools.product((512, 1000, 4096), (False, True), (2, 32)):
+        case = Case(sq, sq, width, heads, heads, batch=4, dtype=BF16, options={"causal": causal})
+        yield f"{name} 20 runs {case}", functools.partial(with_forward_tile, tile, forward_repeats, case)
+
+
+def with_forward_tile(tile: tuning.ForwardTile, check: Callable[..., None], *arguments: Any) -> None:
+    """``check`` with this forward tile for every length and mask."""
+    with mock.patch.object(tuning, "forward_tile", return_value=tile):
+        op.forget()  # what was planned for another tile
+        check(*arguments)
+    op.forget()
+
+
 def systems() -> Iterator[Check]:
     yield "packed and transposed layouts", packed_layouts
     yield "CUDA graph", graph_capture
@@ -379,6 +431,11 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "deterministic": deterministic,
     "systems": systems,
     "launch_variants": launch_variants,
+    **{
+        f"forward_{width}_{name}": functools.partial(forward_candidate, width, name)
+        for width, tiles in tuning.FORWARD_CANDIDATES.items()
+        for name in tiles
+    },
     **{f"backward_{group}": functools.partial(backward_variants, group) for group in BACKWARD_VARIANTS},
 }
 
