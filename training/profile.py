@@ -150,7 +150,8 @@ class StepProfiler:
         self.profiler.start()
         self._cleanup.callback(self.profiler.stop)
         self._cleanup.enter_context(annotated(self.engine, "update", OPTIMIZER))
-        self._cleanup.enter_context(annotated(engine_module, "gradient_squares", OPTIMIZER))
+        for function in ("gradient_squares", "clip_factor_on_device"):
+            self._cleanup.enter_context(annotated(engine_module, function, OPTIMIZER))
         self._cleanup.enter_context(annotated(self.engine.deepspeed, "backward", BACKWARD))
         self.running = True
 
