@@ -47,7 +47,7 @@ from training.batch import BatchPlan
 from training.distributed import Processes
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, fp16_scale
 from training.step import HostCopy, Step, StepResult, clip_factor, clip_factor_on_device
-from training.zero import Bf16Stage1, Partition, partition_of
+from training.zero import Bf16Stage1, Partition, Replicated, partition_of
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch
@@ -290,6 +290,10 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
     if fuse:
         bind_sums(model, partition.sums())
+    if isinstance(partition, Replicated):
+        wrapped.zero_grad = lambda: None  # a loop over the parameters, whose gradients hooks have freed
+    if processes.world_size == 1 and isinstance(partition, Replicated | Bf16Stage1):
+        wrapped.buffered_allreduce_fallback = lambda **_: None  # copies all sums together and back, for one rank too
     if isinstance(partition, Bf16Stage1):
         if processes.world_size > 1:
             wrapped.buffered_allreduce_fallback = partition.average

@@ -64,14 +64,15 @@ class Outcome:
 class Driver:
     """The test's end of the driver process."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
+        """`environment`: variables of the runs, besides `ENVIRONMENT`'s."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.runs.faults"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | environment,
         )
 
     def run(self, job: Job) -> Outcome:

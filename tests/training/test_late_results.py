@@ -226,3 +226,31 @@ def test_an_update_waits_for_a_save_that_copies(
     train(one, 1, 3)
     saver.close()
     assert held == [1, 2]
+
+
+@CPU_ONLY
+@pytest.mark.parametrize(("stage", "precision"), KINDS)
+def test_one_rank_averages_nothing_and_loops_over_nothing(
+    build: Build, monkeypatch: pytest.MonkeyPatch, stage: int, precision: Precision
+) -> None:
+    """DeepSpeed would copy the sums for a collective of one, and look at every parameter for a gradient to empty."""
+    one, plain = build(config_of(stage, precision)), build(config_of(stage, precision))
+    del plain.deepspeed.buffered_allreduce_fallback
+    expected = train(plain, 0, 3)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(one.deepspeed, "allreduce_bucket", fail)
+    update = one.update
+
+    def watched(*args: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(one.module, "named_parameters", fail)
+            patch.setattr(one.module, "parameters", fail)
+            update(*args)
+        assert all(parameter.grad is None for parameter in one.module.parameters())
+
+    one.update = watched  # type: ignore[method-assign]
+    assert train(one, 0, 3) == expected
+    assert equal(state_of(one), state_of(plain))

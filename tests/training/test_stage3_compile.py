@@ -19,8 +19,8 @@ from training import backend, checkpoint, distributed
 from training.batch import data_ranks, resolve_batch
 from training.distributed import Processes
 from training.engine import Engine, build_engine
-from training.step import StepResult
 from training.state import TrainState
+from training.step import StepResult
 
 STEPS = 3
 
