@@ -16,7 +16,13 @@ from tests.runs.faults import Driver, output
 from tests.runs.test_faults import Faults, newest
 from tests.runs.test_resume import assert_equal_runs
 
-LATE = ("engine.zero_stage=0", "optim.fused_step=on", "model.fused=off", "model.fused_norms=off", "model.attention=standard")
+LATE = (
+    "engine.zero_stage=0",
+    "optim.fused_step=on",
+    "model.fused=off",
+    "model.fused_norms=off",
+    "model.attention=standard",
+)
 STEPS = ("train.steps=10", "optim.schedule=constant", "train.save_every=3", "train.eval_every=4")
 
 

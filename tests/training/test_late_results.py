@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from configs.schema import Precision, RunConfig, Toggle
 from tests.training.conftest import Build, equal, make_batch, run_config, state_of, train
-from tests.training.test_fused_step import CPU_ONLY, DEVICE, KINDS, config_of
+from tests.training.test_fused_step import CPU_ONLY, KINDS, config_of
 from training import checkpoint
 from training.engine import Engine
 from training.saver import Saver
@@ -29,12 +32,16 @@ def rounded(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def report_of(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=DEVICE)
+def report_of(*values: float, device: str = "cpu") -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@DEVICES
 @pytest.mark.parametrize("limit", [0.0, 1e-3, 0.1, 1.0, 0.7, 3.0])
-def test_factor_is_the_hosts_bit_for_bit(limit: float) -> None:
+def test_factor_is_the_hosts_bit_for_bit(limit: float, device: str) -> None:
     """Squared norms of all sizes, and some around the limit's square."""
     draw = random.Random(0)
     squares = [10 ** draw.uniform(-30, 30) for _ in range(300)] + [0.0, 1.0]
@@ -42,21 +49,22 @@ def test_factor_is_the_hosts_bit_for_bit(limit: float) -> None:
     clipped = 0
     for square in squares:
         wanted = clip_factor(math.sqrt(square), limit)
-        got = clip_factor_on_device(report_of(3.0, 0.5, square), limit)
-        assert (got.dtype, got.shape, got.device.type) == (torch.float32, (1,), DEVICE)
+        got = clip_factor_on_device(report_of(3.0, 0.5, square, device=device), limit)
+        assert (got.dtype, got.shape, got.device.type) == (torch.float32, (1,), device)
         assert got.item() == rounded(wanted), square
         clipped += wanted < 1.0
     assert (clipped > 100) == (limit > 0)
 
 
+@DEVICES
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_factor_of_what_is_not_finite_is_no_number(limit: float, wrong: float) -> None:
+def test_factor_of_what_is_not_finite_is_no_number(limit: float, wrong: float, device: str) -> None:
     for place in range(3):
         values = [1.0, 2.0, 3.0]
         values[place] = wrong
-        assert clip_factor_on_device(report_of(*values), limit).isnan().all(), place
-    assert not clip_factor_on_device(report_of(1e300, -1e300, 1e300), limit).isnan().any()
+        assert clip_factor_on_device(report_of(*values, device=device), limit).isnan().all(), place
+    assert not clip_factor_on_device(report_of(1e300, -1e300, 1e300, device=device), limit).isnan().any()
 
 
 def test_a_step_is_read_once() -> None:
@@ -254,3 +262,81 @@ def test_one_rank_averages_nothing_and_loops_over_nothing(
     one.update = watched  # type: ignore[method-assign]
     assert train(one, 0, 3) == expected
     assert equal(state_of(one), state_of(plain))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------------------------
+
+GPU_RUN = """
+import json, sys, torch
+from configs.schema import Device, Precision, Toggle
+from tests.training.conftest import equal, make_batch, make_engine, run_config, state_of
+from tests.training.test_late_results import spoil
+from training import distributed, rng
+
+stage, wrong = int(sys.argv[1]), (0, 4, 5, 9)
+rng.make_deterministic()
+own = distributed.init(Device.cuda)
+
+def batch_of(step, config):
+    batch = make_batch(step, config)
+    for micro in batch.micro_batches:
+        micro.tokens, micro.targets = micro.tokens.cuda(), micro.targets.cuda()
+    return batch
+
+found, states = [], []
+for on_device in (True, False):
+    config = run_config(stage, accumulation=2, micro=2, compile=Toggle.off)
+    config.engine.precision, config.optim.fused_step, config.optim.grad_clip = Precision.bf16, Toggle.on, 1.5
+    one = make_engine(config, own)
+    assert one.decides_on_device
+    one.decides_on_device = on_device
+    spoil(one, wrong)
+    batches = [batch_of(step, config) for step in range(10)]
+    steps = [one.train_step(batch, 1e-2) for batch in batches]
+    found.append([repr(step.result()) for step in steps])
+    states.append(state_of(one))
+    counts = [one.partition.updates, one.skipped]
+    if on_device:
+        torch.use_deterministic_algorithms(False)
+        torch.cuda.set_sync_debug_mode("error")  # it lets events be waited for
+        for batch in batches[:3]:
+            one.train_step(batch, 1e-2)
+        torch.cuda.set_sync_debug_mode("default")
+        one.settle()
+        plain = one.forward
+        def slowly(micro):
+            torch.cuda._sleep(400_000_000)
+            return plain(micro)
+        one.forward = slowly
+        torch.cuda.synchronize()
+        first = one.train_step(batches[0], 1e-2)
+        early = [first.is_here]
+        second = one.train_step(batches[1], 1e-2)
+        early += [first.known, second.is_here]
+        torch.cuda.synchronize()
+        late = second.is_here  # and the host was back long before the device
+        torch.use_deterministic_algorithms(True)
+    one.close()
+print(json.dumps({"same": found[0] == found[1], "equal": equal(*states), "counts": counts, "early": early,
+                  "late": late, "wrong": [text.count("updated=False") for text in found[0]]}))
+own.close()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [0, 1])
+def test_on_a_gpu(stage: int) -> None:
+    """The device's decisions are the host's, bit for bit; nothing on the way waits for the device but the read of the
+    step before, and that while this one's work is queued."""
+    command = [sys.executable, "-c", GPU_RUN, str(stage)]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["same"]
+    assert found["equal"]
+    assert found["counts"] == [6, 4]
+    assert [step for step, wrong in enumerate(found["wrong"]) if wrong] == [0, 4, 5, 9]
+    assert found["early"] == [False, True, False]
+    assert found["late"]
