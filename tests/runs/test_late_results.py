@@ -94,7 +94,7 @@ def test_a_crash_leaves_the_row_of_the_step_before(late: Faults, tmp_path: Path)
 
 @pytest.mark.parametrize("step", [5, 6, 10])
 def test_a_step_that_is_not_finite_stops_the_run(late: Faults, tmp_path: Path, step: int) -> None:
-    """Before the next update, before a save that is due after it, and at the end of the run."""
+    """While the next step is queued, before a save that is due after it, and at the end of the run."""
     late.start(tmp_path, fault="nan", at_step=step, codes=[2])
     said = " ".join(output(tmp_path).split())
     assert f"Step {step} has a non-finite loss or gradient" in said
