@@ -253,6 +253,8 @@ class Trainer:
         """Global batches from where the run stands, without end."""
         with closing(self.loader.batches(self.state.consumed_samples)) as source:
             while True:
+                if self.profiler.is_due:
+                    self.learn()  # what belongs to the steps before is neither profiled nor taken from their meter
                 self.profiler.begin_step()
                 with self.profiler.waiting():
                     batch = next(source)

@@ -76,6 +76,14 @@ def test_rows_of_several_steps(late: Faults, tmp_path: Path) -> None:
     assert ["perf/step_time_s" in row for row in rows(third)] == [False, True, True, True]
 
 
+def test_a_profile_leaves_the_rows_before_it_whole(late: Faults, tmp_path: Path) -> None:
+    """Step 10's row is due when step 11 starts the profiler, which reads the meter."""
+    steps = ("train.steps=15", "train.profile_steps=2", "train.log_every=5", "train.eval_every=0")
+    late.start(tmp_path, *steps, codes=[0])
+    assert [(row["step"], "perf/step_time_s" in row) for row in rows(tmp_path)][1:3] == [(5, True), (10, True)]
+    assert (tmp_path / "waterfall.json").exists()
+
+
 def test_killed_and_gone_on(late: Faults, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     late.start(whole, codes=[0])
