@@ -34,10 +34,10 @@ def train(session: Session, trainer: Trainer) -> None:
     with closing(trainer.batches()) as batches:
         while state.step < every.steps and not session.interrupts.poll():
             batch = next(batches)
-            result = engine.train_step(batch, learning_rate(state.step, config.optim, every.steps))
-            trainer.advance(batch, result)  # step, position in the data, meter; a non-finite loss ends the run here
+            step = engine.train_step(batch, learning_rate(state.step, config.optim, every.steps))
+            trainer.advance(batch, step)  # step, position in the data, meter; a non-finite loss ends the run here
             if trainer.due(every.log_every) or state.step == 1:
-                trainer.log(result)
+                trainer.log()
             if trainer.due(every.eval_every):
                 trainer.evaluate()
             if trainer.due(every.save_every):

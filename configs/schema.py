@@ -287,7 +287,8 @@ class OptimConfig:
     fused_step: Toggle = Toggle.auto
     """Our Triton kernel that clips, updates, rounds the weights and empties the gradients' sums in one pass. auto: on
     CUDA at stage 0, and in bf16 at stage 1 with `engine.fp32_accumulation` and without offload. off: PyTorch's AdamW,
-    and the rest apart."""
+    and the rest apart. With it, but not in fp16, the device also decides whether to step: the host doesn't wait for the
+    loss and the norm, and logs them when the next step is queued."""
 
 
 @dataclass
@@ -326,7 +327,8 @@ class TrainConfig:
     """A run without a finished step for so long writes the stacks of all ranks into run.log and ends with exit code 70.
     0: off."""
     nonfinite: NonFinite = NonFinite.stop
-    """A NaN or infinite loss or gradient stops the run, or skips that step's update."""
+    """A NaN or infinite loss or gradient stops the run, or skips that step's update. Where the device decides whether
+    to step (`optim.fused_step`) the run stops once the next step is queued, and before anything is saved."""
     profile_steps: int = 0
     """Profile this many steps, some time after the tenth (in a shorter run: its last ones), and write where their time
     goes into the run folder: waterfall.json and .png, of several ranks ranks.png. 0: off."""

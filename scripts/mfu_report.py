@@ -94,8 +94,8 @@ def train_until_profiled(session: Session, trainer: Trainer) -> None:
     with closing(trainer.batches()) as batches:
         while state.step < last and not session.interrupts.poll():
             batch = next(batches)
-            result = trainer.engine.train_step(batch, learning_rate(state.step, config.optim, config.train.steps))
-            trainer.advance(batch, result)
+            step = trainer.engine.train_step(batch, learning_rate(state.step, config.optim, config.train.steps))
+            trainer.advance(batch, step)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ nearest. The corrections of the bias are made on the host in fp64 from the betas
 where PyTorch's kernel takes fp32 powers: an update differs from PyTorch's by a few of fp32's roundings, early ones by
 the digits that 1 - β^t cancels there. Numbers that change from step to step are arguments, so nothing is compiled anew.
 
+c is read from the device's memory, where the norm it comes of is: the host can hand over the update before it knows the
+norm, or whether there is one. NaN there leaves the update out: only the sum is emptied.
+
 n elements, of any number: offsets are 64 bits.
 """
 
@@ -60,7 +63,8 @@ def _update(
     second_ptr,
     weight_ptr,
     used,  # (BLOCK,) bool, or None: all
-    factor,
+    updated,  # (BLOCK,) bool: of these all but the sum
+    factor,  # (BLOCK,) fp32, all the same
     beta1,
     beta2,
     decay,
@@ -80,10 +84,10 @@ def _update(
     g *= g
     v = tl.fma(v, beta2, tl.fma(g, -beta2, g))
     p -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root_correction + tl.zeros_like(v)) + eps)
-    tl.store(master_ptr + place, p, mask=used)
-    tl.store(first_ptr + place, m, mask=used)
-    tl.store(second_ptr + place, v, mask=used)
-    tl.store(weight_ptr + place, _rounded(p, weight_ptr.dtype.element_ty, CUTS_OFF), mask=used)
+    tl.store(master_ptr + place, p, mask=updated)
+    tl.store(first_ptr + place, m, mask=updated)
+    tl.store(second_ptr + place, v, mask=updated)
+    tl.store(weight_ptr + place, _rounded(p, weight_ptr.dtype.element_ty, CUTS_OFF), mask=updated)
     tl.store(total_ptr + place, tl.zeros((BLOCK,), dtype=total_ptr.dtype.element_ty), mask=used)
 
 
@@ -94,8 +98,8 @@ def _adamw_kernel(
     first_ptr,  # (n,) fp32: m
     second_ptr,  # (n,) fp32: v
     weight_ptr,  # (n,): w
+    factor_ptr,  # (1,) fp32: c
     size,
-    factor,
     beta1,
     beta2,
     decay,
@@ -112,14 +116,17 @@ def _adamw_kernel(
     second_ptr += begin
     weight_ptr += begin
     left = size - begin
+    factor = tl.load(factor_ptr) + tl.zeros((BLOCK,), dtype=tl.float32)  # for the interpreter, which can't spread bools
+    is_number = factor == factor
     if left >= BLOCK:
         _update(
-            master_ptr, total_ptr, first_ptr, second_ptr, weight_ptr, None,
+            master_ptr, total_ptr, first_ptr, second_ptr, weight_ptr, None, is_number,
             factor, beta1, beta2, decay, step_size, root_correction, eps, CUTS_OFF, BLOCK,
         )  # fmt: skip
     else:
+        used = tl.arange(0, BLOCK) < left
         _update(
-            master_ptr, total_ptr, first_ptr, second_ptr, weight_ptr, tl.arange(0, BLOCK) < left,
+            master_ptr, total_ptr, first_ptr, second_ptr, weight_ptr, used, used & is_number,
             factor, beta1, beta2, decay, step_size, root_correction, eps, CUTS_OFF, BLOCK,
         )  # fmt: skip
 
@@ -128,8 +135,6 @@ def _adamw_kernel(
 class Scalars:
     """What the kernel is told of an update; rounded to fp32 at the launch."""
 
-    factor: float
-    """c."""
     beta1: float
     beta2: float
     decay: float
@@ -141,13 +146,10 @@ class Scalars:
     eps: float
 
 
-def scalars_of(
-    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, factor: float
-) -> Scalars:
+def scalars_of(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int) -> Scalars:
     """Of update number `step`, from 1. The moments decay by the betas as fp32 has them, so these correct the bias."""
     beta1, beta2 = (float(np.float32(beta)) for beta in betas)
     return Scalars(
-        factor=factor,
         beta1=beta1,
         beta2=beta2,
         decay=lr * weight_decay,
@@ -164,7 +166,7 @@ def adamw_step_(
     first: Tensor,
     second: Tensor,
     weight: Tensor,
-    factor: float,
+    factor: Tensor,
     beta1: float,
     beta2: float,
     decay: float,
@@ -183,8 +185,8 @@ def adamw_step_(
         first_ptr=first,
         second_ptr=second,
         weight_ptr=weight,
+        factor_ptr=factor,
         size=size,
-        factor=factor,
         beta1=beta1,
         beta2=beta2,
         decay=decay,
@@ -204,7 +206,7 @@ def _adamw_step_fake(
     first: Tensor,
     second: Tensor,
     weight: Tensor,
-    factor: float,
+    factor: Tensor,
     beta1: float,
     beta2: float,
     decay: float,
@@ -215,20 +217,24 @@ def _adamw_step_fake(
     return None
 
 
-def update(master: Tensor, total: Tensor, first: Tensor, second: Tensor, weight: Tensor, scalars: Scalars) -> None:
+def update(
+    master: Tensor, total: Tensor, first: Tensor, second: Tensor, weight: Tensor, factor: Tensor, scalars: Scalars
+) -> None:
     """One update of n elements in place, after which `total` is zero.
 
     master p, first m and second v: fp32 (n,). total: the summed gradients, (n,) in a floating-point dtype. weight w:
-    (n,) in the model's dtype; becomes p rounded to the nearest. All contiguous, on one device. Waits for nothing.
+    (n,) in the model's dtype; becomes p rounded to the nearest. factor c: fp32 (1,); NaN: there is no update, and only
+    `total` changes. All contiguous, on one device. Waits for nothing.
     """
-    tensors = {"master": master, "total": total, "first": first, "second": second, "weight": weight}
+    tensors = {"master": master, "total": total, "first": first, "second": second, "weight": weight, "factor": factor}
     for name, tensor in tensors.items():
-        if tensor.shape != (master.numel(),) or not tensor.is_contiguous() or tensor.device != master.device:
+        size = 1 if name == "factor" else master.numel()
+        if tensor.shape != (size,) or not tensor.is_contiguous() or tensor.device != master.device:
             raise ValueError(
-                f"{name}: needs a contiguous tensor of shape ({master.numel()},) on {master.device}, as master is, "
+                f"{name}: needs a contiguous tensor of shape ({size},) on {master.device}, as master is, "
                 f"given {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
             )
-        if name in ("master", "first", "second") and tensor.dtype is not torch.float32:
+        if name in ("master", "first", "second", "factor") and tensor.dtype is not torch.float32:
             raise ValueError(f"{name}: needs torch.float32, given {tensor.dtype}")
     adamw_step_(
         master,
@@ -236,7 +242,7 @@ def update(master: Tensor, total: Tensor, first: Tensor, second: Tensor, weight:
         first,
         second,
         weight,
-        scalars.factor,
+        factor,
         scalars.beta1,
         scalars.beta2,
         scalars.decay,
@@ -254,9 +260,10 @@ def compile_cases() -> list[CompileCase]:
 
     def source(weight: str, size: str, whole: bool) -> ASTSource:
         pointers = dict.fromkeys(("master_ptr", "total_ptr", "first_ptr", "second_ptr"), "*fp32")
-        numbers = ("factor", "beta1", "beta2", "decay", "step_size", "root_correction", "eps")
-        signature = pointers | {"weight_ptr": f"*{weight}", "size": size} | dict.fromkeys(numbers, "fp32")
-        aligned = range(6 if whole else 5)
+        numbers = ("beta1", "beta2", "decay", "step_size", "root_correction", "eps")
+        signature = pointers | {"weight_ptr": f"*{weight}", "factor_ptr": "*fp32", "size": size}
+        signature |= dict.fromkeys(numbers, "fp32")
+        aligned = range(7 if whole else 6)
         constants = {"CUTS_OFF": False, "BLOCK": BLOCK}
         signature |= dict.fromkeys(constants, "constexpr")
         attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}

@@ -137,6 +137,7 @@ def save(
 
 def snapshot(engine: Engine, state: TrainState, *, tokenizer_hash: str) -> Snapshot:
     """This rank's share of the state; masters and moments are live views, which the next update changes."""
+    engine.settle()
     tensors: dict[str, Tensor] = {}
     parts: dict[str, tuple[int, int]] = {}
     for fragment in engine.partition.fragments(owned=True):
@@ -379,6 +380,7 @@ def load(engine: Engine, path: Path, *, tokenizer_hash: str | None = None) -> Lo
 
     Raises `CheckpointError` on every rank if all are damaged, or if one is of another model or tokenizer.
     """
+    engine.settle()
     processes = engine.processes
     found = processes.broadcast(candidates(path) if processes.is_main else [])
     messages: list[str] = []

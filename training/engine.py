@@ -3,7 +3,8 @@
 DeepSpeed runs the backward pass's communication, shards the optimizer and updates the weights. What decides the
 result is done here, once for all its wrappers: the loss is the mean over the counted tokens of the global batch, the
 gradient's norm is measured, a step with a non-finite loss or gradient is dropped on all ranks before any weight moves,
-and clipping, the learning rate and the fp16 loss scale are ours.
+and clipping, the learning rate and the fp16 loss scale are ours. Where one kernel makes the update (`optim.fused_step`)
+the device takes that decision, and the host learns of it a step later; elsewhere the host waits for the norm.
 
 Micro-batch m on rank r contributes the sum L(m, r) over its tokens. DeepSpeed averages gradients over the R ranks and
 adds them over micro-batches, so each backward gets L(m, r) · R / T with T the counted tokens of all ranks and
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,31 +45,15 @@ from training.backend import (
 )
 from training.batch import BatchPlan
 from training.distributed import Processes
-from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, clip_factor, fp16_scale
-from training.zero import Bf16Stage1, Partition, partition_of
+from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, fp16_scale
+from training.step import HostCopy, Step, StepResult, clip_factor, clip_factor_on_device
+from training.zero import Bf16Stage1, Partition, Replicated, partition_of
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch
     from model import GPT
 
 PLAIN_LINEAR = torch.nn.functional.linear
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step measured; the same on all ranks."""
-
-    loss: float
-    """Mean cross-entropy over the counted tokens of the global batch, nats per token."""
-    z_loss: float
-    """Mean of the weighted z-loss over the same tokens."""
-    grad_norm: float
-    """2-norm of the gradient of loss + z_loss before clipping."""
-    finite: bool
-    """False: the loss or a gradient is NaN or infinite on some rank, and the weights are what they were. An fp16
-    overflow that a smaller loss scale cures isn't counted as such."""
-    updated: bool
-    """Whether the weights were updated."""
 
 
 class Engine:
@@ -82,6 +67,7 @@ class Engine:
         config: RunConfig,
         precision: Precision,
         processes: Processes,
+        decides_on_device: bool,
         restore_environment: Callable[[], None],
     ) -> None:
         self.deepspeed = deepspeed
@@ -92,6 +78,10 @@ class Engine:
         self.precision = precision
         self.processes = processes
         self.device = processes.device
+        self.decides_on_device = decides_on_device
+        """Whether steps are handed over whole, so that the host learns of them a step later (see `training.step`)."""
+        self.unread: Step | None = None
+        """The last step, if its result may not have been read."""
         self.restore_environment = restore_environment
         self.loss_scale = fp16_scale(config.engine.loss_scale) if precision is Precision.fp16 else LossScale()
         self.skipped = 0
@@ -104,24 +94,57 @@ class Engine:
         model: GPT = self.deepspeed.module
         return model
 
-    def train_step(self, batch: GlobalBatch, lr: float) -> StepResult:
+    def train_step(self, batch: GlobalBatch, lr: float) -> Step:
         """One update from this rank's micro-batches of the global batch, at learning rate `lr`.
 
-        Waits for the device once, at the end of the backward pass: to know whether to step.
+        Waits for the device once, after the backward pass: where the device decides whether to step, for the decision
+        of the step before, which the device has long made; else for that of this one.
         """
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         totals = self.accumulate(batch)
         squares = gradient_squares(self.partition.gradients(), self.device)
         report = torch.cat([totals, squares])  # (3,)
         if self.processes.world_size > 1:
             dist.all_reduce(report)
-        loss_sum, z_sum, squared_norm = report.tolist()
         tokens = max(batch.valid_tokens, 1)
-        loss, z_loss, norm = loss_sum / tokens, z_sum / tokens, math.sqrt(squared_norm) / self.loss_scale.scale
+        if self.decides_on_device:
+            return self.hand_over(report, tokens, lr)
+        loss, z_loss, norm = self.means(report.tolist(), tokens)
         if not all(math.isfinite(value) for value in (loss, z_loss, norm)):
-            return self.drop(loss, z_loss, norm)
+            return Step(self.drop(loss, z_loss, norm))
         self.update(lr, clip_factor(norm, self.config.optim.grad_clip))
-        return StepResult(loss, z_loss, norm, finite=True, updated=True)
+        return Step(StepResult(loss, z_loss, norm, finite=True, updated=True))
+
+    def means(self, report: list[float], tokens: int) -> tuple[float, float, float]:
+        """Mean loss, mean z-loss and gradient norm from their sums over all ranks and the squared norm."""
+        loss_sum, z_sum, squared_norm = report
+        return loss_sum / tokens, z_sum / tokens, math.sqrt(squared_norm) / self.loss_scale.scale
+
+    def hand_over(self, report: Tensor, tokens: int, lr: float) -> Step:
+        """Let the device decide from the report, (3,), whether to step, and how much to clip."""
+        factor = clip_factor_on_device(report, self.config.optim.grad_clip)
+        step = Step(HostCopy(report), partial(self.learn, tokens))
+        self.settle()  # if the step before was no update, this one has its number
+        self.update(lr, factor)
+        self.unread = step
+        return step
+
+    def learn(self, tokens: int, report: list[float]) -> StepResult:
+        """What the report says of a step that was handed over. It was counted as an update; if it was none, no more."""
+        loss, z_loss, norm = self.means(report, tokens)
+        finite = all(math.isfinite(value) for value in (loss, z_loss, norm))
+        if not finite:
+            self.skipped += 1
+            self.partition.updates -= 1
+        return StepResult(loss, z_loss, norm, finite=finite, updated=finite)
+
+    def settle(self) -> None:
+        """Learn how the last step has ended, if that isn't known yet: then `skipped` and the number of updates are
+        right. To be called before the optimizer's state is saved."""
+        step, self.unread = self.unread, None
+        if step is not None:
+            step.result()
 
     def accumulate(self, batch: GlobalBatch) -> Tensor:
         """Forward and backward of this rank's micro-batches; their summed loss and z-loss, fp64, (2,)."""
@@ -140,11 +163,14 @@ class Engine:
         sums: Tensor = self.deepspeed(micro.tokens, micro.targets, micro.cu_seqlens, micro.max_seqlen)
         return sums
 
-    def update(self, lr: float, clip: float) -> None:
-        """Step the optimizer with gradients multiplied by `clip` and freed of the loss scale."""
+    def update(self, lr: float, clip: float | Tensor) -> None:
+        """Step the optimizer with gradients multiplied by `clip` and freed of the loss scale.
+
+        A tensor, fp32 (1,), where the device decides: then there is no loss scale, and NaN forgets the gradients.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        self.partition.scale(clip / self.loss_scale.scale)
+        self.partition.scale(clip if isinstance(clip, Tensor) else clip / self.loss_scale.scale)
         self.deepspeed.step()
         self.partition.scale(1.0)
         self.loss_scale.succeeded()
@@ -264,6 +290,10 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
     if fuse:
         bind_sums(model, partition.sums())
+    if isinstance(partition, Replicated):
+        wrapped.zero_grad = lambda: None  # a loop over the parameters, whose gradients hooks have freed
+    if processes.world_size == 1 and isinstance(partition, Replicated | Bf16Stage1):
+        wrapped.buffered_allreduce_fallback = lambda **_: None  # copies all sums together and back, for one rank too
     if isinstance(partition, Bf16Stage1):
         if processes.world_size > 1:
             wrapped.buffered_allreduce_fallback = partition.average
@@ -271,7 +301,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
             partition.step_by_kernel()
     if compiled:
         model.compile_blocks()
-    return Engine(wrapped, partition, shapes, config, precision, processes, restore)
+    on_device = one_kernel and precision is not Precision.fp16  # its loss scale is the host's, and the next step's
+    return Engine(wrapped, partition, shapes, config, precision, processes, on_device, restore)
 
 
 def parameter_groups(model: GPT, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ step, which costs the host nothing, on a CPU the clock. The time of a step runs 
 own, so that everything counts which keeps the device from training: kernels, communication, waiting for data,
 host work between steps. What isn't training (evaluation, checkpoints, samples, plots) happens under
 `excluded()` and is cut out. The first steps, which compile kernels and fill caches, are warm-up and count for
-nothing. Only `report` synchronises, and it is called only where a line is logged.
+nothing. Only `report` waits for the device, and only until it has come to the interval's last mark: a line that is
+logged when the next step has been handed over finds it passed.
 
 **MFU** (model FLOPs utilisation; PaLM, appendix B) is the FLOPs that the model needs for the tokens it saw,
 over what the devices could have done in that time at their dense peak. FLOPs per token are `model.flops`'s,
@@ -155,8 +156,8 @@ class Clock(Protocol):
     def mark(self) -> object:
         """A point of time: now, in the order of the work handed to the device."""
 
-    def wait(self) -> None:
-        """Wait until the device has passed every mark."""
+    def wait(self, mark: object) -> None:
+        """Wait until the device has passed `mark`, and so all earlier ones."""
 
     def seconds(self, start: object, end: object) -> float:
         """Seconds between two marks that the device has passed."""
@@ -168,7 +169,7 @@ class HostClock:
     def mark(self) -> float:
         return time.perf_counter()
 
-    def wait(self) -> None:
+    def wait(self, mark: object) -> None:
         """Nothing runs on after a call."""
 
     def seconds(self, start: object, end: object) -> float:
@@ -188,8 +189,9 @@ class CudaClock:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def wait(self) -> None:
-        torch.cuda.synchronize(self._device)
+    def wait(self, mark: object) -> None:
+        assert isinstance(mark, torch.cuda.Event)
+        mark.synchronize()
 
     def seconds(self, start: object, end: object) -> float:
         assert isinstance(start, torch.cuda.Event)
@@ -291,11 +293,11 @@ class ThroughputMeter:
             self._last_mark = self._clock.mark()
 
     def report(self) -> Throughput | None:
-        """Averages since the last report, once the device has finished; None if no step since then counts."""
+        """Averages since the last report, once the device has done these steps; None if no step since then counts."""
         interval, self._interval = self._interval, _Interval()
         if not interval.stretches:
             return None
-        self._clock.wait()
+        self._clock.wait(interval.stretches[-1][-1][1])
         times_s = [sum(self._clock.seconds(a, b) for a, b in step) for step in interval.stretches]
         self._step_times_s += times_s
         self._total_tokens += interval.tokens

@@ -8,7 +8,6 @@ one flat buffer in which the micro-batches' gradients are summed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,15 +44,18 @@ def adam_state(optimizer: AdamW, flat: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def update_in_one_kernel(
-    optimizer: AdamW, gradients: Sequence[Tensor], weights: Sequence[Tensor], factor: float
+    optimizer: AdamW, gradients: Sequence[Tensor], weights: Sequence[Tensor], factor: float | Tensor
 ) -> None:
     """AdamW's step for groups of one flat fp32 master each: one launch a group, and no wait for the device.
 
     gradients: each group's summed gradients, multiplied by `factor` on their way and zero afterwards. weights: what
-    its masters are rounded into. Both flat and of the master's size, (n,).
+    its masters are rounded into. Both flat and of the master's size, (n,). factor: a number, or fp32 (1,) beside them
+    in which NaN leaves the update out; it is counted all the same, until whoever learns of that takes it back.
     """
     from training.adamw_kernel import scalars_of, update
 
+    if not isinstance(factor, Tensor):
+        factor = torch.full((1,), factor, dtype=torch.float32, device=gradients[0].device)
     for group, gradient, weight in zip(optimizer.param_groups, gradients, weights, strict=True):
         (master,) = group["params"]
         state = adam_state(optimizer, master)
@@ -64,9 +66,8 @@ def update_in_one_kernel(
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             step=int(state["step"].item()),
-            factor=factor,
         )
-        update(master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], weight, scalars)
+        update(master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], weight, factor, scalars)
 
 
 class ReplicatedAdamW(AdamW):
@@ -82,8 +83,9 @@ class ReplicatedAdamW(AdamW):
         self.weights = [join(members) for members in self.members] if one_kernel else []
         """Flat parameters of each group, with `one_kernel`."""
         self.gradients = [torch.zeros_like(master, dtype=accumulation) for master in self.masters]
-        self.factor = 1.0
-        """The next `step` multiplies gradients by this: clipping and the inverse loss scale."""
+        self.factor: float | Tensor = 1.0
+        """The next `step` multiplies gradients by this: clipping and the inverse loss scale. A tensor, fp32 (1,), only
+        with `one_kernel`."""
         flat = [{**g, "params": [master]} for g, master in zip(groups, self.masters, strict=True)]
         super().__init__(flat, **arguments)
         self.hooks = [
@@ -190,10 +192,3 @@ class LossScale:
 def fp16_scale(loss_scale: float) -> LossScale:
     """`engine.loss_scale` as a scale: 0 is dynamic from 2^16, else fixed."""
     return LossScale(2.0**16, dynamic=True) if loss_scale == 0 else LossScale(loss_scale)
-
-
-def clip_factor(norm: float, limit: float) -> float:
-    """What to multiply gradients of this norm by so that it is at most `limit`; 1 if it is or if `limit` is 0."""
-    if limit <= 0 or not math.isfinite(norm):
-        return 1.0
-    return min(1.0, limit / (norm + 1e-6))

@@ -95,13 +95,18 @@ class StepProfiler:
             "profile; raise train.steps."
         )
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `begin_step` does something now."""
+        return self.num_steps > 0 and not self.problem and self.done - self.settled in (0, 1)
+
     def begin_step(self) -> None:
         """Before a step's batch is asked for: start the profiler, or open the window, if it is time."""
-        if self.num_steps == 0 or self.problem:
+        if not self.is_due:
             return
         if self.done == self.settled:
             self._start()
-        elif self.done == self.settled + 1:
+        else:
             self._synchronize()
             self._window.enter_context(record_function(WINDOW))
 
@@ -150,7 +155,8 @@ class StepProfiler:
         self.profiler.start()
         self._cleanup.callback(self.profiler.stop)
         self._cleanup.enter_context(annotated(self.engine, "update", OPTIMIZER))
-        self._cleanup.enter_context(annotated(engine_module, "gradient_squares", OPTIMIZER))
+        for function in ("gradient_squares", "clip_factor_on_device"):
+            self._cleanup.enter_context(annotated(engine_module, function, OPTIMIZER))
         self._cleanup.enter_context(annotated(self.engine.deepspeed, "backward", BACKWARD))
         self.running = True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
@@ -38,7 +38,7 @@ from training import metrics as m
 from training.backend import DTYPES
 from training.batch import data_ranks, resolve_batch
 from training.console import RunSummary, print_summary, short_path
-from training.engine import Engine, StepResult, build_engine
+from training.engine import Engine, build_engine
 from training.hardware import Peak, device_peak
 from training.logging import RunLogger, system_info
 from training.metrics import Throughput, ThroughputMeter
@@ -50,6 +50,7 @@ from training.saver import Saver
 from training.schedule import learning_rate
 from training.session import Session
 from training.state import TrainState
+from training.step import Step, StepResult
 from training.summary import summarise
 from training.watchdog import Watchdog
 from training.waterfall import Report, TraceError
@@ -74,7 +75,12 @@ class Trainer:
         self.processes = session.processes
         self.started = time.monotonic()
         self.validated_at = -1
-        self.last: StepResult | None = None
+        self.last: Step | None = None
+        """The last step, whose result may not be known yet."""
+        self.unread = False
+        """Whether the result of `last` has yet to be looked at."""
+        self.unlogged = False
+        """Whether the metrics of `last` are to be written once its result is known."""
         self.report: Report | None = None
         """Where the time of a step goes, once `train.profile_steps` have been profiled."""
         self.watchdog = Watchdog(self.config.train.watchdog_minutes)
@@ -90,6 +96,9 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, KeyboardInterrupt):
+            with suppress(Exception):  # the first error is the one to tell
+                if self.last is not None and self.last.is_here:
+                    self.learn()
             self.saver.settle()  # what was begun to be saved before the error is sound
         self.logger.finish(0 if error is None else 1)
         self.cleanup.close()
@@ -244,28 +253,51 @@ class Trainer:
         """Global batches from where the run stands, without end."""
         with closing(self.loader.batches(self.state.consumed_samples)) as source:
             while True:
+                if self.profiler.is_due:
+                    self.learn()  # what belongs to the steps before is neither profiled nor taken from their meter
                 self.profiler.begin_step()
                 with self.profiler.waiting():
                     batch = next(source)
                 yield batch
 
-    def advance(self, batch: GlobalBatch, result: StepResult) -> None:
-        """Count a finished step. Raises `UserError` if it wasn't finite, unless such steps are skipped."""
+    def advance(self, batch: GlobalBatch, step: Step) -> None:
+        """Count a finished step. Raises `UserError` if it, or the one before, wasn't finite, unless such are skipped.
+
+        A step that the device decides of is looked at when the next one has been handed over; see `learn`.
+        """
+        self.learn()
         state = self.state
-        if not result.finite:
-            self._nonfinite(result)
         state.step += 1
         state.consumed_samples = batch.next_sample
         state.tokens_seen += batch.valid_tokens
-        if result.finite:
-            state.last_loss = result.loss
-        self.last = result
+        self.last, self.unread = step, True
+        if step.known:
+            self.learn()
         if not self.profiler.running:
             self.meter.step(batch.valid_tokens, batch.wait_s)
         self._end_profiled_step()
         self.progress.advance(state.step)
         self.watchdog.beat()
         self.saver.poll()  # a save that has failed ends the run here
+
+    def learn(self) -> None:
+        """Look at the last step's result, and write its metrics if that is due. Waits for the device if it must.
+
+        Comes before whatever uses the weights or saves them, so that nothing is built on a step that has failed.
+        Raises `UserError` if it wasn't finite, unless such steps are skipped.
+        """
+        if self.last is None:
+            return
+        unread, unlogged = self.unread, self.unlogged
+        self.unread = self.unlogged = False
+        result = self.last.result()
+        if unread and result.finite:
+            self.state.last_loss = result.loss
+        elif unread:
+            self._nonfinite(result)
+        if unlogged:
+            with self._aside():
+                self._log(result, self.meter.report())
 
     def _end_profiled_step(self) -> None:
         """Say and show what the profile found, once its last step is done."""
@@ -292,10 +324,10 @@ class Trainer:
         what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
         if self.config.train.nonfinite is NonFinite.skip:
             self.state.skipped_steps += 1
-            self.session.terminal.warn(f"step {self.state.step + 1} is skipped: {what}")
+            self.session.terminal.warn(f"step {self.state.step} is skipped: {what}")
             return
         raise UserError(
-            f"Step {self.state.step + 1} has a non-finite loss or gradient ({what}); its update was not made. "
+            f"Step {self.state.step} has a non-finite loss or gradient ({what}); its update was not made. "
             f"{self._last_good()} Lower optim.lr, raise optim.warmup_steps, or set train.nonfinite=skip."
         )
 
@@ -309,10 +341,11 @@ class Trainer:
         """Whether something that happens every so many steps happens now."""
         return every > 0 and self.state.step % every == 0
 
-    def log(self, result: StepResult) -> None:
-        """Write the metrics of the interval that ends with this step."""
-        with self._aside():
-            self._log(result, self.meter.report())
+    def log(self) -> None:
+        """Write the metrics of the interval that ends with the last step, as soon as its result is known."""
+        self.unlogged = True
+        if not self.unread:
+            self.learn()
 
     def _log(self, result: StepResult, throughput: Throughput | None) -> None:
         state = self.state
@@ -337,6 +370,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validation loss and a sample of text. A signal in between ends it without a result."""
+        self.learn()
         with self._aside(), self.progress.status("evaluating"):
             if self.validated_at < 0:
                 self.watchdog.compiling()
@@ -426,12 +460,14 @@ class Trainer:
 
     def save(self) -> None:
         """Save the state after the last finished step; with `train.async_save` the disk is waited for later."""
+        self.learn()
         with self._aside(), self.progress.status("saving"):
             self.saver.save(self.state)
             self.saved_at = self.state.step
 
     def finish(self) -> None:
         """Evaluate and save what the last step left undone; say where things are and what to run next."""
+        self.learn()
         train, state = self.config.train, self.state
         stopped = self.session.interrupts.poll()
         if not stopped and train.eval_every and self.validated_at != state.step and self.last is not None:

@@ -75,8 +75,8 @@ class Partition(ABC):
         """Forget the gradients, as a step would, without an update."""
 
     @abstractmethod
-    def scale(self, factor: float) -> None:
-        """Have the coming step multiply gradients by `factor`."""
+    def scale(self, factor: float | Tensor) -> None:
+        """Have the coming step multiply gradients by `factor`; a tensor, fp32 (1,), only where one kernel steps."""
 
     @abstractmethod
     def refresh(self) -> None:
@@ -138,7 +138,7 @@ class Replicated(Partition):
     def drop(self) -> None:
         self.wrapper.zero_grad()
 
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: float | Tensor) -> None:
         self.wrapper.factor = factor
 
     def refresh(self) -> None:
@@ -185,7 +185,7 @@ class Bf16Stage1(Linked):
         wrapper.get_grads_for_norm = lambda for_clipping=False: (nothing, {})
         wrapper.zero_grad = wrapper.clear_lp_grads
         self.one_kernel = False
-        self.factor = 1.0
+        self.factor: float | Tensor = 1.0
         """The next `step_in_one_kernel` multiplies gradients by this."""
 
     def step_by_kernel(self) -> None:
@@ -201,6 +201,8 @@ class Bf16Stage1(Linked):
         groups, flats = self.wrapper.real_dp_process_group, self.wrapper.bf16_groups_flat
         ranks = [dist.get_rank(group) for group in groups]
         weights = [parts[rank] for parts, rank in zip(self.wrapper.bf16_partitioned_groups, ranks, strict=True)]
+        for hook in self.adamw._optimizer_step_pre_hooks.values():  # as AdamW's own step calls them
+            hook(self.adamw, (), {})
         update_in_one_kernel(self.adamw, self.gradients(), weights, self.factor)
         gathers = [
             dist.all_gather_into_tensor(flat, own, group=group, async_op=True)
@@ -241,7 +243,7 @@ class Bf16Stage1(Linked):
         self.wrapper.clear_lp_grads(set_to_none=True)
         self.wrapper.clear_hp_grads()
 
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: float | Tensor) -> None:
         if self.one_kernel:
             self.factor = factor
         elif factor != 1.0:
@@ -270,7 +272,7 @@ class Stage12(Linked):
             self.wrapper.averaged_gradients[group] = None
             self.wrapper.all_grad_tensors[group] = None
 
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: float | Tensor) -> None:
         divide_in_step(self.wrapper, factor)
 
 
@@ -291,7 +293,7 @@ class Stage3(Partition):
         self.wrapper._partition_all_parameters()
         self.wrapper._overflow_clean_up(1.0)
 
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: float | Tensor) -> None:
         divide_in_step(self.wrapper, factor)
 
     def refresh(self) -> None:
@@ -321,7 +323,7 @@ def offloaded_gradients(flats: list[Tensor]) -> list[Tensor]:
     return gradients  # type: ignore[return-value]
 
 
-def divide_in_step(wrapper: Any, factor: float) -> None:
+def divide_in_step(wrapper: Any, factor: float | Tensor) -> None:
     """Let the wrapper's unscaling, which divides by the loss scale in its step, also clip.
 
     The loss scale itself is ours (`training.optimizer.LossScale`): the wrapper's backward must find 1 here.

@@ -29,7 +29,8 @@ from tests.runs.conftest import ENVIRONMENT, ROOT
 from tests.training.driver import warm_up
 from training import checkpoint, trainer, watchdog
 from training.checkpoint import Shard, Snapshot
-from training.engine import Engine, StepResult
+from training.engine import Engine
+from training.step import Step
 from training.trainer import Trainer
 
 DEADLINE_S = 120.0
@@ -63,14 +64,15 @@ class Outcome:
 class Driver:
     """The test's end of the driver process."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
+        """`environment`: variables of the runs, besides `ENVIRONMENT`'s."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.runs.faults"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | environment,
         )
 
     def run(self, job: Job) -> Outcome:
@@ -174,8 +176,8 @@ def after_step(action: Callable[[], None]) -> Callable[[Job, int], None]:
     def arm(job: Job, rank: int) -> None:
         plain = Trainer.advance
 
-        def advance(self: Trainer, batch: Any, result: StepResult) -> None:
-            plain(self, batch, result)
+        def advance(self: Trainer, batch: Any, step: Step) -> None:
+            plain(self, batch, step)
             if self.state.step == job.at_step and rank == job.fault_rank:
                 action()
 

@@ -26,7 +26,8 @@ from training import distributed
 from training.backend import import_deepspeed
 from training.batch import data_ranks, resolve_batch
 from training.distributed import Processes
-from training.engine import Engine, StepResult, build_engine
+from training.engine import Engine, build_engine
+from training.step import StepResult
 
 SEQUENCE, VOCAB = 16, 61
 Build = Callable[[RunConfig], Engine]
@@ -81,11 +82,12 @@ def make_engine(config: RunConfig, processes: Processes) -> Engine:
 
 
 def train(engine: Engine, begin: int, end: int) -> list[StepResult]:
-    """Steps `begin` to `end` on their batches."""
+    """Steps `begin` to `end` on their batches; results are read at the end, as late as can be."""
     config, own = engine.config, engine.processes
     share = config.engine.sequence_parallel_size
     batches = (make_batch(step, config, own.rank // share, own.world_size // share) for step in range(begin, end))
-    return [engine.train_step(batch, config.optim.lr) for batch in batches]  # type: ignore[arg-type]
+    steps = [engine.train_step(batch, config.optim.lr) for batch in batches]  # type: ignore[arg-type]
+    return [step.result() for step in steps]
 
 
 def make_samples(step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

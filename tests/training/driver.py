@@ -31,6 +31,7 @@ from training import backend, checkpoint, distributed, rng, shards
 from training.distributed import Processes
 from training.engine import Engine
 from training.state import TrainState
+from training.step import Step
 
 DEADLINE_S = 60.0
 SAMPLES = 8
@@ -195,16 +196,26 @@ def run_rank(job: Job, rank: int, port: int) -> None:
 
 
 def train_on(job: Job, engine: Engine, own: Processes, state: TrainState, folder: Path) -> None:
+    unwritten: list[tuple[int, Step]] = []
     while state.step < job.steps and not job.resave:
         share = job.sequence
         batch: Any = make_batch(state.step, engine.config, own.rank // share, own.world_size // share)
-        result = engine.train_step(batch, 1e-2)
+        step = engine.train_step(batch, 1e-2)
         state.step += 1
-        entry = {"step": state.step, "loss": result.loss.hex(), "norm": result.grad_norm.hex(), "finite": result.finite}
-        with (Path(job.folder) / f"losses_{own.rank}.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        if state.step % job.save_every == 0 or state.step == job.steps:
+        saves = state.step % job.save_every == 0 or state.step == job.steps
+        unwritten.append((state.step, step))
+        while len(unwritten) > (0 if saves or step.known else 1):
+            write_losses(job, own, *unwritten.pop(0))
+        if saves:
             checkpoint.save(engine, state, folder, tokenizer_hash="", keep_last=2)
+
+
+def write_losses(job: Job, own: Processes, number: int, step: Step) -> None:
+    """Add the step's line to this rank's losses."""
+    result = step.result()
+    entry = {"step": number, "loss": result.loss.hex(), "norm": result.grad_norm.hex(), "finite": result.finite}
+    with (Path(job.folder) / f"losses_{own.rank}.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def die() -> None:
@@ -215,7 +226,7 @@ def kill_before_update(job: Job, engine: Engine) -> None:
     """After the backward pass of a step, before its update."""
     plain, calls = engine.update, []
 
-    def update(lr: float, clip: float) -> None:
+    def update(lr: float, clip: float | Tensor) -> None:
         calls.append(1)
         if len(calls) == job.fault_step:
             die()

@@ -33,7 +33,8 @@ from training import backend, engine
 from training.batch import resolve_batch
 from training.distributed import Processes
 from training.engine import Engine, build_engine
-from training.optimizer import LossScale, clip_factor
+from training.optimizer import LossScale
+from training.step import clip_factor
 
 STAGES = (0, 1, 2, 3)
 OFFLOADED: list[tuple[int, dict[str, bool]]] = [

@@ -49,11 +49,16 @@ def state_at(step: int, size: int, spread: float = 1.0) -> dict[str, Tensor]:
     return {name: value.to(DEVICE) for name, value in values.items()}
 
 
-def exactly(given: dict[str, Tensor], s: Scalars) -> dict[str, Tensor]:
+def one_number(value: float) -> Tensor:
+    """As the kernel reads it."""
+    return torch.tensor([value], device=DEVICE)
+
+
+def exactly(given: dict[str, Tensor], factor: float, s: Scalars) -> dict[str, Tensor]:
     """The update of the same numbers in fp64; the master's change apart."""
     p, total, first, second = (t.double() for t in given.values())
     s = Scalars(**{name: float(torch.tensor(value)) for name, value in vars(s).items()})
-    g = total * s.factor
+    g = total * float(one_number(factor))
     first = s.beta1 * first + (1 - s.beta1) * g
     second = s.beta2 * second + (1 - s.beta2) * g * g
     change = -s.decay * p - s.step_size * first / (second.sqrt() / s.root_correction + s.eps)
@@ -69,11 +74,11 @@ def test_against_fp64(size: int, step: int, factor: float, dtypes: tuple[torch.d
     own operations are at most twelve, each rounded by 2^-24 of it. A moment is two products and a sum, of g rounded."""
     given = state_at(step, size)
     given["total"] = given["total"].to(dtypes[0])
-    scalars = scalars_of(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=step, factor=factor)
-    truth = exactly(given, scalars)
+    scalars = scalars_of(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=step)
+    truth = exactly(given, factor, scalars)
     got = {name: tensor.clone() for name, tensor in given.items()}
     weight = torch.full((size,), 7.0, dtype=dtypes[1], device=DEVICE)
-    update(**got, weight=weight, scalars=scalars)
+    update(**got, weight=weight, factor=one_number(factor), scalars=scalars)
     g = (given["total"].double() * factor).abs()
     for name, terms in (("first", given["first"].double().abs() + g), ("second", given["second"].double() + g * g)):
         assert ((got[name] - truth[name]).abs() <= 4 * HALF_ULP * terms).all(), name
@@ -100,11 +105,11 @@ def test_against_pytorch(step: int, decay: float) -> None:
     state["exp_avg"], state["exp_avg_sq"] = given["first"].clone(), given["second"].clone()
     leaf.grad = given["total"] * 0.37
     plain.step()
-    scalars = scalars_of(lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, step=step, factor=0.37)
+    scalars = scalars_of(lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, step=step)
     weight = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
     before = given["master"].clone()
     terms = given["first"].abs() + leaf.grad.abs()  # of the first moment, which may cancel
-    update(**given, weight=weight, scalars=scalars)
+    update(**given, weight=weight, factor=one_number(0.37), scalars=scalars)
     assert ((given["first"] - state["exp_avg"]).abs() <= 4 * HALF_ULP * terms).all()
     torch.testing.assert_close(given["second"], state["exp_avg_sq"], rtol=16 * HALF_ULP, atol=0)
     theirs = leaf.detach()
@@ -145,17 +150,36 @@ def test_many_steps_against_pytorch() -> None:
         assert (ours - leaf).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_no_number_is_no_update(size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """NaN for a factor empties the sum, whatever is in it, and leaves every other bit."""
+    given = state_at(3, size)
+    given["total"] = given["total"].to(dtypes[0])
+    given["total"][0] = torch.inf
+    weight = torch.randn(size, device=DEVICE).to(dtypes[1])  # not what the master would be rounded into
+    got, left = {name: tensor.clone() for name, tensor in given.items()}, weight.clone()
+    scalars = scalars_of(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=3)
+    update(**got, weight=left, factor=one_number(torch.nan), scalars=scalars)
+    assert all(torch.equal(got[name], given[name]) for name in ("master", "first", "second"))
+    assert torch.equal(left, weight)
+    assert not got["total"].any()
+
+
 def test_operator() -> None:
     given = state_at(3, 40)
     weight = torch.empty(40, dtype=torch.bfloat16, device=DEVICE)
-    torch.library.opcheck(adamw_step_, (*given.values(), weight, 0.5, 0.9, 0.95, 1e-3, 1e-2, 0.3, 1e-8))
-    scalars = scalars_of(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1, factor=1.0)
+    factor = one_number(0.5)
+    torch.library.opcheck(adamw_step_, (*given.values(), weight, factor, 0.9, 0.95, 1e-3, 1e-2, 0.3, 1e-8))
+    scalars = scalars_of(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1)
     empty = {name: tensor[:0] for name, tensor in given.items()}
-    update(**empty, weight=weight[:0], scalars=scalars)
+    update(**empty, weight=weight[:0], factor=factor, scalars=scalars)
     with pytest.raises(ValueError, match=r"weight: needs a contiguous tensor of shape \(40,\).* given \(39,\)"):
-        update(**given, weight=weight[1:], scalars=scalars)
+        update(**given, weight=weight[1:], factor=factor, scalars=scalars)
     with pytest.raises(ValueError, match=r"first: needs torch\.float32, given torch\.bfloat16"):
-        update(**{**given, "first": given["first"].bfloat16()}, weight=weight, scalars=scalars)
+        update(**{**given, "first": given["first"].bfloat16()}, weight=weight, factor=factor, scalars=scalars)
+    with pytest.raises(ValueError, match=r"factor: needs torch\.float32, given torch\.float64"):
+        update(**given, weight=weight, factor=factor.double(), scalars=scalars)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,8 +280,9 @@ def test_an_update_is_one_launch_a_group(build: Build, stage: int, precision: Pr
     train(one, 0, 1)
     one.accumulate(make_batch(1, one.config))  # type: ignore[arg-type]
     assert any(total.any() for total in one.partition.sums().values())
+    factor = one_number(0.5)
     with Launches() as launches:
-        one.update(one.config.optim.lr, 0.5)
+        one.update(one.config.optim.lr, factor)
     groups = len(one.partition.masters())
     assert groups == 2
     counting = {"aten.add_", "aten._local_scalar_dense"}
@@ -360,10 +385,10 @@ def test_more_elements_than_32_bits_count() -> None:
         for place, part in zip(places, given[name].split(4096), strict=True):
             tensor[place] = part
     weight = torch.empty(size, dtype=torch.bfloat16, device="cuda")
-    scalars = scalars_of(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=5, factor=0.5)
-    update(**made, weight=weight, scalars=scalars)
+    scalars = scalars_of(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=5)
+    update(**made, weight=weight, factor=one_number(0.5), scalars=scalars)
     small = torch.empty(8192, dtype=torch.bfloat16, device="cuda")
-    update(**given, weight=small, scalars=scalars)
+    update(**given, weight=small, factor=one_number(0.5), scalars=scalars)
     for place, part in zip(places, (slice(0, 4096), slice(4096, 8192)), strict=True):
         assert all(torch.equal(made[name][place], given[name][part]) for name in made)
         assert torch.equal(weight[place], small[part])
@@ -378,10 +403,11 @@ def test_compiles_once_and_waits_for_nothing() -> None:
 
     given = state_at(3, 4096)
     weight = torch.empty(4096, dtype=torch.bfloat16, device="cuda")
+    factor = one_number(0.5)
 
     def one_step(step: int) -> None:
-        scalars = scalars_of(lr=1.0 / step, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=step, factor=1.0 / step)
-        update(**given, weight=weight, scalars=scalars)
+        scalars = scalars_of(lr=1.0 / step, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=step)
+        update(**given, weight=weight, factor=factor, scalars=scalars)
 
     def compiled() -> int:
         return sum(len(cache[0]) for cache in _adamw_kernel.device_caches.values())
@@ -416,7 +442,7 @@ for toggle in (Toggle.off, Toggle.on):
         batch = make_batch(step, config)
         for micro in batch.micro_batches:
             micro.tokens, micro.targets = micro.tokens.cuda(), micro.targets.cuda()
-        found[toggle].append(one.train_step(batch, 1e-2).loss)
+        found[toggle].append(one.train_step(batch, 1e-2).result().loss)
         if step == 0:
             states[toggle] = masters(one)
     assert all(torch.equal(p, masters(one)[name].to(p.dtype)) for name, p in one.module.named_parameters())

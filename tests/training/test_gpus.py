@@ -40,7 +40,7 @@ def steps(own: Processes, precision: Precision, stage: int, sequence: int) -> St
         batch: Any = make_batch(step, config, rank, takers)
         for micro in batch.micro_batches:
             micro.tokens, micro.targets = micro.tokens.to(own.device), micro.targets.to(own.device)
-        result = one.train_step(batch, config.optim.lr)
+        result = one.train_step(batch, config.optim.lr).result()
         found.append((result.loss, result.grad_norm))
     one.close()
     return found

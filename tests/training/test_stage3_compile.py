@@ -18,8 +18,9 @@ from tests.training.conftest import make_batch, make_engine, run_config, train
 from training import backend, checkpoint, distributed
 from training.batch import data_ranks, resolve_batch
 from training.distributed import Processes
-from training.engine import Engine, StepResult, build_engine
+from training.engine import Engine, build_engine
 from training.state import TrainState
+from training.step import StepResult
 
 STEPS = 3
 
