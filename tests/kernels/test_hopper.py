@@ -199,6 +199,7 @@ def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
 
 FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
     **tuning.FORWARD_CANDIDATES[64],
+    "narrow_ahead": tuning.FORWARD_CANDIDATES[128]["narrow_ahead"],
     "one stage, O in Q's buffer": replace(tuning.FORWARD[64], ahead=True, own_o=False, stages=1),
     "named, no turns": replace(tuning.FORWARD[64], named_kv=True, pingpong=False),
     "no overlap, turns": replace(tuning.FORWARD[64], overlap=False),
