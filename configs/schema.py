@@ -286,8 +286,8 @@ class OptimConfig:
     """Largest norm of the global gradient. 0: off."""
     fused_step: Toggle = Toggle.auto
     """Our Triton kernel that clips, updates, rounds the weights and empties the gradients' sums in one pass. auto: on
-    CUDA at stage 0, and in bf16 at stage 1 with `engine.fp32_accumulation` and without offload. off: PyTorch's AdamW,
-    and the rest apart."""
+    CUDA at stage 0, and in bf16 at stages 1 and 3 (`engine.lean_zero3`) with `engine.fp32_accumulation` and without
+    offload. off: PyTorch's AdamW, and the rest apart."""
 
 
 @dataclass
@@ -363,7 +363,11 @@ class EngineConfig:
     """`torch.compile` of each block. auto: on CUDA."""
     fuse_weight_gradients: Toggle = Toggle.auto
     """Add weight gradients to the fp32 sums over micro-batches inside the products that make them, unrounded. auto: in
-    bf16 at stages 0 and 1, with fp32_accumulation and without offload. off: round them to bf16 and add them apart."""
+    bf16 at stages 0 and 1, on one rank also at 3 with lean_zero3; with fp32_accumulation and without offload. off:
+    round them to bf16 and add them apart."""
+    lean_zero3: Toggle = Toggle.auto
+    """At stage 3, sum gradients and step by our own code instead of DeepSpeed's, which copies and waits more. auto:
+    with fp32_accumulation and without offload. off: DeepSpeed's."""
     timeout_minutes: float = 10.0
     """A collective that takes longer than this fails."""
 

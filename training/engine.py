@@ -38,6 +38,7 @@ from training.backend import (
     resolve_precision,
     set_local_rank,
     shard_while_building,
+    should_be_lean,
     should_compile,
     should_fuse_step,
     should_fuse_weight_gradients,
@@ -227,7 +228,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     device = processes.device
     precision = resolve_precision(config.engine.precision, device)
     check_engine(config.engine, precision, device)
-    fuse = should_fuse_weight_gradients(config.engine, precision)
+    lean = should_be_lean(config.engine)
+    fuse = should_fuse_weight_gradients(config.engine, precision, processes.world_size)
     one_kernel = should_fuse_step(config.optim, config.engine, precision, device)
     model.set_recompute(config.engine.recompute is Recompute.block)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
@@ -261,9 +263,12 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
-    if fuse:
-        bind_sums(model, partition.sums())
+    partition = partition_of(
+        wrapped.optimizer, names, processes.rank, processes.world_size, lean=lean, one_kernel=one_kernel
+    )
+    sums = partition.sums()
+    if fuse and sums:
+        bind_sums(model, sums)
     if isinstance(partition, Bf16Stage1):
         if processes.world_size > 1:
             wrapped.buffered_allreduce_fallback = partition.average

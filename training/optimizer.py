@@ -52,21 +52,29 @@ def update_in_one_kernel(
     gradients: each group's summed gradients, multiplied by `factor` on their way and zero afterwards. weights: what
     its masters are rounded into. Both flat and of the master's size, (n,).
     """
-    from training.adamw_kernel import scalars_of, update
-
     for group, gradient, weight in zip(optimizer.param_groups, gradients, weights, strict=True):
         (master,) = group["params"]
-        state = adam_state(optimizer, master)
-        state["step"] += 1.0  # in host memory
-        scalars = scalars_of(
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=int(state["step"].item()),
-            factor=factor,
-        )
-        update(master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], weight, scalars)
+        update_flat(optimizer, group, master, gradient, weight, factor)
+
+
+@torch.no_grad()
+def update_flat(
+    optimizer: AdamW, group: dict[str, Any], master: Tensor, gradient: Tensor, weight: Tensor, factor: float
+) -> None:
+    """`update_in_one_kernel` of one flat master, with the learning rate, betas and decay of `group`."""
+    from training.adamw_kernel import scalars_of, update
+
+    state = adam_state(optimizer, master)
+    state["step"] += 1.0  # in host memory
+    scalars = scalars_of(
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        step=int(state["step"].item()),
+        factor=factor,
+    )
+    update(master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], weight, scalars)
 
 
 class ReplicatedAdamW(AdamW):
