@@ -164,6 +164,17 @@ def should_compile(config: EngineConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is Toggle.auto else config.compile is Toggle.on
 
 
+def keeps_plain_linear(config: EngineConfig, device: torch.device, world_size: int) -> bool:
+    """Whether PyTorch's `linear` stays where ZeRO-3 would have its own, which saves the weights for the backward pass
+    by name, so that their memory can be freed meanwhile, and adds biases in a kernel apart.
+
+    A compiled block saves them by name anyway; and Dynamo, which traces the backward pass of DeepSpeed's, guards on the
+    number of each parameter: it compiles every block anew up to its limit of eight, and runs the rest uncompiled. On
+    one rank, weights stay.
+    """
+    return should_compile(config, device) or (world_size == 1 and should_be_lean(config))
+
+
 def gather_whole_blocks(deepspeed: Any, model: GPT) -> None:
     """Have ZeRO-3 gather and free the parameters of a block together, around the block.
 
@@ -222,6 +233,7 @@ def deepspeed_config(
     settings["zero_optimization"] = zero_section(config, num_parameters, device, world_size)
     if config.zero_stage == 3:
         settings["zero_optimization"] |= gathering(num_block_parameters)
+        settings["zero_optimization"]["memory_efficient_linear"] = not keeps_plain_linear(config, device, world_size)
     if precision is Precision.bf16:
         # Non-finite gradients are looked for once, by the engine, before the step.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}

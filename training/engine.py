@@ -34,6 +34,7 @@ from training.backend import (
     deepspeed_config,
     gather_whole_blocks,
     import_deepspeed,
+    keeps_plain_linear,
     quiet,
     resolve_precision,
     set_local_rank,
@@ -274,6 +275,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
             wrapped.buffered_allreduce_fallback = partition.average
         if one_kernel:
             partition.step_by_kernel()
+    if keeps_plain_linear(config.engine, device, processes.world_size):
+        torch.nn.functional.linear = PLAIN_LINEAR  # also after an engine that replaced it and wasn't closed
     if compiled:
         model.compile_blocks()
     return Engine(wrapped, partition, shapes, config, precision, processes, restore)
