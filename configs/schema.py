@@ -368,6 +368,9 @@ class EngineConfig:
     lean_zero3: Toggle = Toggle.auto
     """At stage 3, sum gradients and step by our own code instead of DeepSpeed's, which copies and waits more. auto:
     with fp32_accumulation and without offload. off: DeepSpeed's."""
+    gather_in_place: bool = False
+    """At stage 3 on several ranks, gather each parameter to where it is used, by a message of its own. false: a block's
+    in one message, from which each is copied (4 bytes an element in bf16, and 4 / ranks before)."""
     timeout_minutes: float = 10.0
     """A collective that takes longer than this fails."""
 

@@ -233,6 +233,7 @@ def deepspeed_config(
     settings["zero_optimization"] = zero_section(config, num_parameters, device, world_size)
     if config.zero_stage == 3:
         settings["zero_optimization"] |= gathering(num_block_parameters)
+        settings["zero_optimization"]["stage3_allgather_sequential"] = config.gather_in_place
         settings["zero_optimization"]["memory_efficient_linear"] = not keeps_plain_linear(config, device, world_size)
     if precision is Precision.bf16:
         # Non-finite gradients are looked for once, by the engine, before the step.

@@ -429,6 +429,12 @@ class LeanStage3(Stage3):
         gradient.zero_()
         self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
 
+    def gather_resident(self) -> None:
+        """In one message; DeepSpeed's way is one a parameter, and then to wait for the device."""
+        resident = self.wrapper.persistent_parameters
+        if resident:
+            resident[0].all_gather_coalesced(resident).wait()
+
     def drop(self) -> None:
         self.reduction.forget()
         for gradient in self.flats:

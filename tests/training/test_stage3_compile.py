@@ -34,12 +34,15 @@ class Case:
     sequence: int = 1
     """Ranks that share each sample, with one key head, of which each has a copy."""
     layers: int = 4
+    in_place: bool = False
+    """`engine.gather_in_place`."""
 
 
 CASES = {
     "plain": Case(),
     "recomputed": Case(Recompute.block, prefetch=50_000),
     "shared": Case(Recompute.block, prefetch=50_000, sequence=2),
+    "in place": Case(prefetch=50_000, in_place=True),
     "deep": Case(layers=10),  # more than Dynamo compiles one function for
 }
 
@@ -48,7 +51,7 @@ def config_of(case: Case, compile: Toggle, world_size: int) -> RunConfig:
     shared = case.sequence if world_size > 1 else 1
     micro = 4 * shared // world_size
     config = run_config(3, accumulation=2, micro=micro, compile=compile, sequence_parallel_size=shared)
-    config.engine.recompute = case.recompute
+    config.engine.recompute, config.engine.gather_in_place = case.recompute, case.in_place
     config.model.num_layers = case.layers
     if case.sequence > 1:
         config.model.num_kv_heads = 1
@@ -106,6 +109,7 @@ def compiled_run(case: Case, own: Processes, folder: Path) -> dict[str, Any]:
     config = config_of(case, Toggle.on, own.world_size)
     one = engine_from_meta(config, own)
     assert torch.nn.functional.linear is PLAIN_LINEAR
+    assert one.deepspeed._config.zero_config.allgather_sequential is case.in_place
     begin, results, counts = frames(), [], []
     for step in range(STEPS):
         if step == STEPS - 1:
