@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from configs.schema import Device, Position, Recompute, RunConfig, Toggle
+from configs.schema import Device, Position, Precision, Recompute, RunConfig, Toggle
 from model import build_model
 from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_engine, run_config, train
@@ -182,3 +182,38 @@ def test_the_next_block_is_gathered_ahead_whatever_its_size() -> None:
     assert small["stage3_prefetch_bucket_size"] == 50_000_000
     assert large["stage3_prefetch_bucket_size"] == 400_000_000
     assert large["stage3_max_live_parameters"] == 1_200_000_000
+
+
+def one_rank(device: Device, lean: Toggle) -> tuple[list[int], list[float]]:
+    """Frames compiled after each step of a deep model in bf16 on one rank, and the losses."""
+    own = distributed.init(device, timeout_minutes=5)
+    config = run_config(3, accumulation=2, micro=2, compile=Toggle.on, lean_zero3=lean)
+    config.model.num_layers, config.engine.precision = 10, Precision.bf16
+    one, counts, found = make_engine(config, own), [], []
+    for step in range(STEPS):
+        batch: Any = make_batch(step, config)
+        for micro in batch.micro_batches:
+            micro.tokens, micro.targets = micro.tokens.to(own.device), micro.targets.to(own.device)
+        found.append(one.train_step(batch, config.optim.lr).loss)
+        counts.append(frames())
+    one.close()
+    own.close()
+    return counts, found
+
+
+def check_one_rank(device: Device) -> None:
+    (counts, losses), (plain_counts, plain_losses) = (
+        on_ranks(1, one_rank, device, lean)[0] for lean in (Toggle.on, Toggle.off)
+    )
+    assert counts == plain_counts == [1] * STEPS
+    assert losses == pytest.approx(plain_losses, rel=3e-3)
+
+
+def test_one_rank_compiles_once() -> None:
+    check_one_rank(Device.cpu)
+
+
+@pytest.mark.gpu
+def test_one_gpu_compiles_once() -> None:
+    """torch 2.11's Dynamo compiles ten blocks with DeepSpeed's `linear` eight times, and leaves two as they are."""
+    check_one_rank(Device.cuda)
