@@ -286,9 +286,9 @@ class OptimConfig:
     """Largest norm of the global gradient. 0: off."""
     fused_step: Toggle = Toggle.auto
     """Our Triton kernel that clips, updates, rounds the weights and empties the gradients' sums in one pass. auto: on
-    CUDA at stage 0, and in bf16 at stage 1 with `engine.fp32_accumulation` and without offload. off: PyTorch's AdamW,
-    and the rest apart. With it, but not in fp16, the device also decides whether to step: the host doesn't wait for the
-    loss and the norm, and logs them when the next step is queued."""
+    CUDA at stage 0, and in bf16 at stages 1 and 3 (`engine.lean_zero3`) with `engine.fp32_accumulation` and without
+    offload. off: PyTorch's AdamW, and the rest apart. With it, but not in fp16, the device decides whether to step too:
+    the host doesn't wait for the loss and the norm, and logs them when the next step is queued."""
 
 
 @dataclass
@@ -365,7 +365,14 @@ class EngineConfig:
     """`torch.compile` of each block. auto: on CUDA."""
     fuse_weight_gradients: Toggle = Toggle.auto
     """Add weight gradients to the fp32 sums over micro-batches inside the products that make them, unrounded. auto: in
-    bf16 at stages 0 and 1, with fp32_accumulation and without offload. off: round them to bf16 and add them apart."""
+    bf16 at stages 0 and 1, on one rank also at 3 with lean_zero3; with fp32_accumulation and without offload. off:
+    round them to bf16 and add them apart."""
+    lean_zero3: Toggle = Toggle.auto
+    """At stage 3, sum gradients and step by our own code instead of DeepSpeed's, which copies and waits more. auto:
+    with fp32_accumulation and without offload. off: DeepSpeed's."""
+    gather_in_place: bool = False
+    """At stage 3 on several ranks, gather each parameter to where it is used, by a message of its own. false: a block's
+    in one message, from which each is copied (4 bytes an element in bf16, and 4 / ranks before)."""
     timeout_minutes: float = 10.0
     """A collective that takes longer than this fails."""
 

@@ -105,23 +105,34 @@ def check_engine(config: EngineConfig, precision: Precision, device: torch.devic
             raise UserError("engine.precision=fp16: this CPU has no fp16 units; possible: fp32, bf16, or zero_stage=0")
 
 
-def should_fuse_weight_gradients(config: EngineConfig, precision: Precision) -> bool:
+def should_be_lean(config: EngineConfig) -> bool:
+    """Whether ZeRO-3 sums gradients and steps by our code. Raises `UserError` for `on` where it can't."""
+    offloads = config.offload_optimizer or config.offload_params
+    possible = config.zero_stage == 3 and config.fp32_accumulation and not offloads
+    if config.lean_zero3 is Toggle.on and not possible:
+        raise UserError(
+            "engine.lean_zero3=on: needs engine.zero_stage=3, engine.fp32_accumulation=true, "
+            "engine.offload_optimizer=false and engine.offload_params=false, given "
+            f"{config.zero_stage}, {str(config.fp32_accumulation).lower()}, {str(config.offload_optimizer).lower()} "
+            f"and {str(config.offload_params).lower()}; or use engine.lean_zero3=auto or off"
+        )
+    return possible and config.lean_zero3 is not Toggle.off
+
+
+def should_fuse_weight_gradients(config: EngineConfig, precision: Precision, world_size: int) -> bool:
     """Whether layers add weight gradients to the optimizer's sums themselves. Raises `UserError` for `on` where not.
 
-    Stages 2 and 3 reduce each gradient while the backward pass goes on, and fp16 is to notice what overflows in fp16.
+    Stage 2, and stage 3 on several ranks, reduce each gradient while the backward pass goes on, and fp16 is to notice
+    what overflows in fp16.
     """
-    possible = (
-        precision is Precision.bf16
-        and config.zero_stage < 2
-        and config.fp32_accumulation
-        and not config.offload_optimizer
-    )
+    whole = config.zero_stage < 2 or (world_size == 1 and should_be_lean(config))
+    possible = precision is Precision.bf16 and whole and config.fp32_accumulation and not config.offload_optimizer
     if config.fuse_weight_gradients is Toggle.on and not possible:
         raise UserError(
-            "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0 or 1, "
-            "engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
+            "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0, 1, or on one rank 3 "
+            "with engine.lean_zero3, engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
             f"{precision.value}, {config.zero_stage}, {str(config.fp32_accumulation).lower()} and "
-            f"{str(config.offload_optimizer).lower()}; or use engine.fuse_weight_gradients=auto or off"
+            f"{str(config.offload_optimizer).lower()} on {world_size}; or use engine.fuse_weight_gradients=auto or off"
         )
     return possible and config.fuse_weight_gradients is not Toggle.off
 
@@ -130,22 +141,18 @@ def should_fuse_step(optim: OptimConfig, engine: EngineConfig, precision: Precis
     """Whether the optimizer steps in one kernel a group. Raises `UserError` for `on` where it can't.
 
     DeepSpeed's wrapper of the other stages and precisions mixes its step with the loss scale, its buckets or the host's
-    memory; `BF16_Optimizer` and our stage 0 only have flat tensors.
+    memory; `BF16_Optimizer`, our stage 0 and what is left of DeepSpeed's stage 3 only have flat tensors.
     """
     if optim.fused_step is Toggle.off:
         return False
     from model import loss_kernel
 
-    flat = engine.zero_stage == 0 or (
-        engine.zero_stage == 1
-        and precision is Precision.bf16
-        and engine.fp32_accumulation
-        and not engine.offload_optimizer
-    )
+    in_bf16 = engine.zero_stage == 1 and engine.fp32_accumulation and not engine.offload_optimizer
+    flat = engine.zero_stage == 0 or (precision is Precision.bf16 and (in_bf16 or should_be_lean(engine)))
     if optim.fused_step is Toggle.on and not (flat and loss_kernel.runs_on(device)):
         raise UserError(
-            "optim.fused_step=on: needs a CUDA device, and engine.zero_stage=0, or 1 with engine.precision=bf16, "
-            "engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
+            "optim.fused_step=on: needs a CUDA device, and engine.zero_stage=0, or 1 or 3 with engine.precision=bf16, "
+            "engine.fp32_accumulation=true, engine.offload_optimizer=false and, at 3, engine.lean_zero3, given "
             f"{device.type}, {engine.zero_stage}, {precision.value}, {str(engine.fp32_accumulation).lower()} and "
             f"{str(engine.offload_optimizer).lower()}; or use optim.fused_step=auto or off"
         )
@@ -155,6 +162,17 @@ def should_fuse_step(optim: OptimConfig, engine: EngineConfig, precision: Precis
 def should_compile(config: EngineConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: `auto` means on CUDA."""
     return device.type == "cuda" if config.compile is Toggle.auto else config.compile is Toggle.on
+
+
+def keeps_plain_linear(config: EngineConfig, device: torch.device, world_size: int) -> bool:
+    """Whether PyTorch's `linear` stays where ZeRO-3 would have its own, which saves the weights for the backward pass
+    by name, so that their memory can be freed meanwhile, and adds biases in a kernel apart.
+
+    A compiled block saves them by name anyway; and Dynamo, which traces the backward pass of DeepSpeed's, guards on the
+    number of each parameter: it compiles every block anew up to its limit of eight, and runs the rest uncompiled. On
+    one rank, weights stay.
+    """
+    return should_compile(config, device) or (world_size == 1 and should_be_lean(config))
 
 
 def gather_whole_blocks(deepspeed: Any, model: GPT) -> None:
@@ -215,6 +233,8 @@ def deepspeed_config(
     settings["zero_optimization"] = zero_section(config, num_parameters, device, world_size)
     if config.zero_stage == 3:
         settings["zero_optimization"] |= gathering(num_block_parameters)
+        settings["zero_optimization"]["stage3_allgather_sequential"] = config.gather_in_place
+        settings["zero_optimization"]["memory_efficient_linear"] = not keeps_plain_linear(config, device, world_size)
     if precision is Precision.bf16:
         # Non-finite gradients are looked for once, by the engine, before the step.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}

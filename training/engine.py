@@ -35,10 +35,12 @@ from training.backend import (
     deepspeed_config,
     gather_whole_blocks,
     import_deepspeed,
+    keeps_plain_linear,
     quiet,
     resolve_precision,
     set_local_rank,
     shard_while_building,
+    should_be_lean,
     should_compile,
     should_fuse_step,
     should_fuse_weight_gradients,
@@ -47,7 +49,7 @@ from training.batch import BatchPlan
 from training.distributed import Processes
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, fp16_scale
 from training.step import HostCopy, Step, StepResult, clip_factor, clip_factor_on_device
-from training.zero import Bf16Stage1, Partition, Replicated, partition_of
+from training.zero import Bf16Stage1, Partition, Replicated, Stage3, partition_of
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch
@@ -253,7 +255,8 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     device = processes.device
     precision = resolve_precision(config.engine.precision, device)
     check_engine(config.engine, precision, device)
-    fuse = should_fuse_weight_gradients(config.engine, precision)
+    lean = should_be_lean(config.engine)
+    fuse = should_fuse_weight_gradients(config.engine, precision, processes.world_size)
     one_kernel = should_fuse_step(config.optim, config.engine, precision, device)
     model.set_recompute(config.engine.recompute is Recompute.block)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
@@ -287,9 +290,12 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     # DeepSpeed makes a group of its own, with PyTorch's default timeout.
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    partition = partition_of(wrapped.optimizer, names, processes.rank, processes.world_size)
-    if fuse:
-        bind_sums(model, partition.sums())
+    partition = partition_of(
+        wrapped.optimizer, names, processes.rank, processes.world_size, lean=lean, one_kernel=one_kernel
+    )
+    sums = partition.sums()
+    if fuse and sums:
+        bind_sums(model, sums)
     if isinstance(partition, Replicated):
         wrapped.zero_grad = lambda: None  # a loop over the parameters, whose gradients hooks have freed
     if processes.world_size == 1 and isinstance(partition, Replicated | Bf16Stage1):
@@ -299,9 +305,15 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
             wrapped.buffered_allreduce_fallback = partition.average
         if one_kernel:
             partition.step_by_kernel()
+    if keeps_plain_linear(config.engine, device, processes.world_size):
+        torch.nn.functional.linear = PLAIN_LINEAR  # also after an engine that replaced it and wasn't closed
     if compiled:
         model.compile_blocks()
-    on_device = one_kernel and precision is not Precision.fp16  # its loss scale is the host's, and the next step's
+    on_device = (
+        one_kernel
+        and precision is not Precision.fp16  # its loss scale is the host's, and the next step's
+        and type(partition) is not Stage3  # DeepSpeed's own step
+    )
     return Engine(wrapped, partition, shapes, config, precision, processes, on_device, restore)
 
 

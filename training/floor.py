@@ -88,7 +88,7 @@ def matrices(model: ModelConfig) -> list[tuple[int, int]]:
 def products(setting: Setting, shapes: list[tuple[int, int]], tokens: int, device: torch.device) -> Callable[[], None]:
     """A call of the twelve products of a block on random data, weight gradients made as the run makes them."""
     dtype = DTYPES[setting.precision]
-    fused = should_fuse_weight_gradients(setting.config.engine, setting.precision)
+    fused = should_fuse_weight_gradients(setting.config.engine, setting.precision, setting.world_size)
     operands = [
         (
             torch.randn(tokens, columns, device=device).to(dtype),  # X (T, I)

@@ -52,22 +52,30 @@ def update_in_one_kernel(
     its masters are rounded into. Both flat and of the master's size, (n,). factor: a number, or fp32 (1,) beside them
     in which NaN leaves the update out; it is counted all the same, until whoever learns of that takes it back.
     """
+    for group, gradient, weight in zip(optimizer.param_groups, gradients, weights, strict=True):
+        (master,) = group["params"]
+        update_flat(optimizer, group, master, gradient, weight, factor)
+
+
+@torch.no_grad()
+def update_flat(
+    optimizer: AdamW, group: dict[str, Any], master: Tensor, gradient: Tensor, weight: Tensor, factor: float | Tensor
+) -> None:
+    """`update_in_one_kernel` of one flat master, with the learning rate, betas and decay of `group`."""
     from training.adamw_kernel import scalars_of, update
 
     if not isinstance(factor, Tensor):
-        factor = torch.full((1,), factor, dtype=torch.float32, device=gradients[0].device)
-    for group, gradient, weight in zip(optimizer.param_groups, gradients, weights, strict=True):
-        (master,) = group["params"]
-        state = adam_state(optimizer, master)
-        state["step"] += 1.0  # in host memory
-        scalars = scalars_of(
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=int(state["step"].item()),
-        )
-        update(master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], weight, factor, scalars)
+        factor = torch.full((1,), factor, dtype=torch.float32, device=gradient.device)
+    state = adam_state(optimizer, master)
+    state["step"] += 1.0  # in host memory
+    scalars = scalars_of(
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        step=int(state["step"].item()),
+    )
+    update(master.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], weight, factor, scalars)
 
 
 class ReplicatedAdamW(AdamW):

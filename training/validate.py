@@ -14,7 +14,7 @@ from configs.schema import Attention, Device, Precision, RunConfig, Schedule, So
 from model import resolve_attention
 from model.checks import check
 from model.sequence import problems as sequence_problems
-from training.backend import DTYPES, check_engine, resolve_precision, should_fuse_step
+from training.backend import DTYPES, check_engine, resolve_precision, should_be_lean, should_fuse_step
 from training.batch import data_ranks, resolve_batch
 from training.resume import resume_path
 from training.run import run_folder
@@ -142,6 +142,7 @@ def _device(config: RunConfig) -> Iterator[str]:
         yield str(error)
         return
     try:
+        should_be_lean(config.engine)
         should_fuse_step(config.optim, config.engine, precision, device)
     except UserError as error:
         yield str(error)

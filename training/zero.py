@@ -8,6 +8,7 @@ of DeepSpeed 0.19; `partition_of` is the only place that chooses between wrapper
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from training.optimizer import ReplicatedAdamW, adam_state, split, update_in_one_kernel
+from training.optimizer import ReplicatedAdamW, adam_state, split, update_flat, update_in_one_kernel
+from training.reduction import ShardedSums
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,7 @@ class Bf16Stage1(Linked):
         groups, flats = self.wrapper.real_dp_process_group, self.wrapper.bf16_groups_flat
         ranks = [dist.get_rank(group) for group in groups]
         weights = [parts[rank] for parts, rank in zip(self.wrapper.bf16_partitioned_groups, ranks, strict=True)]
-        for hook in self.adamw._optimizer_step_pre_hooks.values():  # as AdamW's own step calls them
-            hook(self.adamw, (), {})
+        call_pre_hooks(self.adamw)
         update_in_one_kernel(self.adamw, self.gradients(), weights, self.factor)
         gathers = [
             dist.all_gather_into_tensor(flat, own, group=group, async_op=True)
@@ -300,6 +303,10 @@ class Stage3(Partition):
         self.wrapper._partition_all_parameters()
         for group in range(len(self.wrapper.fp16_groups)):
             self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
+        self.gather_resident()
+
+    def gather_resident(self) -> None:
+        """Gather the parameters that stay gathered."""
         resident = self.wrapper.persistent_parameters  # small ones that every rank keeps whole
         if resident:
             resident[0].all_gather(resident)
@@ -312,6 +319,150 @@ class Stage3(Partition):
             length = min(size, total - start)  # the last parts are padded
             if length > 0:
                 yield Range(name, tuple(parameter.ds_shape), start, length, group, offset)  # type: ignore[attr-defined]
+
+
+class LeanStage3(Stage3):
+    """Stage 3 with gradients summed by `ShardedSums`, and a step that updates from these sums where they are.
+
+    DeepSpeed's step takes their norm again in fp64 (20 bytes an element), gathers them into a new tensor (8), scales it
+    (8), updates (28) and rounds (6), and waits for the host twice; here they are scaled as in stage 1, updated, rounded
+    and emptied, in one kernel if need be. A micro-batch ends without waiting for the device.
+
+    On one rank nothing is sharded: parameters are views of what the optimizer updates and stay so. DeepSpeed would free
+    them after each use, which makes the host wait for the device when they are used again.
+    """
+
+    def __init__(self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool) -> None:
+        super().__init__(wrapper, adamw, names)
+        self.one_kernel = one_kernel
+        self.factor: float | Tensor = 1.0
+        """The next step multiplies gradients by this; a tensor only with `one_kernel`."""
+        self.alone = wrapper.partition_count == 1
+        sizes = wrapper.fp16_partitioned_groups_flat_numel
+        self.flats: list[Tensor] = list(wrapper.grad_partitions_flat_buffer.split(sizes))
+        """The sums of each group's gradients, laid out as its masters."""
+        stream = wrapper.reduce_and_partition_stream if self.flats[0].is_cuda and not self.alone else None
+        shards = {parameter: self.shard(parameter) for parameter in names}
+        self.reduction = ShardedSums(shards, wrapper.dp_process_group, wrapper.reduce_bucket_size, stream)
+        self.take_over()
+
+    @staticmethod
+    def knows(wrapper: Any) -> bool:
+        """Whether the wrapper is laid out as it was when this was written, in DeepSpeed 0.19.8."""
+        needed = (
+            "fp16_partitioned_groups_flat", "fp16_partitioned_groups_flat_numel", "fp32_partitioned_groups_flat",
+            "grad_partitions_flat_buffer", "grad_position", "sub_group_to_group_id", "partition_count",
+            "reduce_and_partition_stream", "reduce_bucket_size", "dp_process_group", "ipg_buckets", "_grad_acc_hooks",
+            "_leaf_module_hooks", "overlapping_partition_gradients_reduce_epilogue", "_optimizer_step", "_pre_step",
+        )  # fmt: skip
+        if not all(hasattr(wrapper, name) for name in needed):
+            return False
+        sums, masters = wrapper.grad_partitions_flat_buffer, wrapper.fp32_partitioned_groups_flat
+        sizes = [master.numel() for master in masters]
+        return (
+            sizes
+            == wrapper.fp16_partitioned_groups_flat_numel
+            == [p.numel() for p in wrapper.fp16_partitioned_groups_flat]
+            and sums.numel() == sum(sizes)
+            and all(sums.dtype is master.dtype and sums.device == master.device for master in masters)
+        )
+
+    def shard(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of the parameter's sum, (n,)."""
+        group, offset, size = self.wrapper.grad_position[self.wrapper.get_param_id(parameter)]
+        return self.flats[group].narrow(0, offset, size)
+
+    def take_over(self) -> None:
+        """Replace DeepSpeed's hooks, buckets and step."""
+        for hooks in (self.wrapper._grad_acc_hooks, self.wrapper._leaf_module_hooks):
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
+        self.wrapper._grad_acc_hooks += self.reduction.hooks  # to be removed by its destroy()
+        for bucket in self.wrapper.ipg_buckets.values():
+            bucket.buffer = None
+        self.wrapper.overlapping_partition_gradients_reduce_epilogue = self.reduction.finish
+        self.wrapper.step = self.step
+        if self.alone:
+            self.stay()
+
+    def stay(self) -> None:
+        """Make each parameter a view of this rank's part of it, which is all of it, not to be freed after use."""
+        for parameter in self.names:
+            held: Any = parameter
+            held.ds_persist = True
+            held.data = held.ds_tensor.data.view(held.ds_shape)
+            held.ds_status = type(held.ds_status).AVAILABLE
+
+    def gradients(self) -> list[Tensor]:
+        return self.flats
+
+    def sums(self) -> dict[nn.Parameter, Tensor]:
+        """On one rank: elsewhere no rank has all of a parameter's gradient."""
+        if not self.alone:
+            return {}
+        return {parameter: shard.view(parameter.ds_shape) for parameter, shard in self.reduction.shards.items()}  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update this rank's part of the weights and empty the sums."""
+        self.wrapper._pre_step()
+        if not self.alone:
+            self.wrapper._partition_all_parameters()
+        if self.one_kernel:
+            call_pre_hooks(self.adamw)
+        for group, gradient in enumerate(self.flats):
+            self.update(group, gradient)
+        if not self.alone:
+            self.gather_resident()
+
+    def update(self, group: int, gradient: Tensor) -> None:
+        """The step of one of DeepSpeed's groups."""
+        master = self.masters()[group]
+        if self.one_kernel:
+            settings = self.adamw.param_groups[self.wrapper.sub_group_to_group_id[group]]
+            weights = self.wrapper.fp16_partitioned_groups_flat[group]
+            update_flat(self.adamw, settings, master, gradient, weights, self.factor)
+            return
+        if self.factor != 1.0:
+            gradient.mul_(self.factor)
+        master.grad = gradient
+        self.wrapper._optimizer_step(group)
+        master.grad = None
+        gradient.zero_()
+        self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
+
+    def gather_resident(self) -> None:
+        """In one message; DeepSpeed's way is one a parameter, and then to wait for the device."""
+        resident = self.wrapper.persistent_parameters
+        if resident:
+            resident[0].all_gather_coalesced(resident).wait()
+
+    def drop(self) -> None:
+        self.reduction.forget()
+        for gradient in self.flats:
+            gradient.zero_()
+        if self.alone:
+            self.wrapper._pre_step()
+        else:
+            super().drop()
+
+    def scale(self, factor: float | Tensor) -> None:
+        self.factor = factor
+
+    def refresh(self) -> None:
+        if not self.alone:
+            super().refresh()
+            return
+        for group in range(len(self.flats)):
+            self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
+        self.stay()
+
+
+def call_pre_hooks(adamw: AdamW) -> None:
+    """What AdamW's own step calls first: an asynchronous save has the update wait for its copies."""
+    for hook in adamw._optimizer_step_pre_hooks.values():
+        hook(adamw, (), {})
 
 
 def offloaded_gradients(flats: list[Tensor]) -> list[Tensor]:
@@ -332,12 +483,30 @@ def divide_in_step(wrapper: Any, factor: float | Tensor) -> None:
     wrapper.external_loss_scale = 1.0 / factor
 
 
-def partition_of(wrapper: Any, names: Mapping[nn.Parameter, str], rank: int, world_size: int) -> Partition:
-    """The interface to DeepSpeed's optimizer `wrapper`. Raises `TypeError` for one that we don't know."""
+def partition_of(
+    wrapper: Any,
+    names: Mapping[nn.Parameter, str],
+    rank: int,
+    world_size: int,
+    *,
+    one_kernel: bool = False,
+    lean: bool = False,
+) -> Partition:
+    """The interface to DeepSpeed's optimizer `wrapper`. Raises `TypeError` for one that we don't know.
+
+    `lean`: `engine.lean_zero3`, resolved, with `one_kernel` that way's step; DeepSpeed's own way all the same, with a
+    warning, if its wrapper isn't the one that we know.
+    """
     if isinstance(wrapper, ReplicatedAdamW):
         return Replicated(wrapper, names, rank, world_size)
     kinds = {"BF16_Optimizer": Bf16Stage1, "DeepSpeedZeroOptimizer": Stage12, "DeepSpeedZeroOptimizer_Stage3": Stage3}
     kind = kinds.get(type(wrapper).__name__)
     if kind is None:
         raise TypeError(f"DeepSpeed chose {type(wrapper).__name__}; known: {', '.join(kinds)}")
+    if kind is Stage3 and lean:
+        if LeanStage3.knows(wrapper):
+            return LeanStage3(wrapper, wrapper.optimizer, names, one_kernel)
+        LOG.warning(
+            "engine.lean_zero3: made for DeepSpeed 0.19.8, whose ZeRO-3 is laid out otherwise than this one's; off"
+        )
     return kind(wrapper, wrapper.optimizer, names)  # type: ignore[abstract]

@@ -326,7 +326,7 @@ own.close()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_on_a_gpu(stage: int) -> None:
     """The device's decisions are the host's, bit for bit; nothing on the way waits for the device but the read of the
     step before, and that while this one's work is queued."""

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from configs.schema import Device, Position, Recompute, RunConfig, Toggle
+from configs.schema import Device, Position, Precision, Recompute, RunConfig, Toggle
 from model import build_model
 from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_engine, run_config, train
 from training import backend, checkpoint, distributed
 from training.batch import data_ranks, resolve_batch
 from training.distributed import Processes
-from training.engine import Engine, build_engine
+from training.engine import PLAIN_LINEAR, Engine, build_engine
 from training.state import TrainState
 from training.step import StepResult
 
@@ -34,12 +34,17 @@ class Case:
     """Elements gathered ahead: none, or a block's."""
     sequence: int = 1
     """Ranks that share each sample, with one key head, of which each has a copy."""
+    layers: int = 4
+    in_place: bool = False
+    """`engine.gather_in_place`."""
 
 
 CASES = {
     "plain": Case(),
     "recomputed": Case(Recompute.block, prefetch=50_000),
     "shared": Case(Recompute.block, prefetch=50_000, sequence=2),
+    "in place": Case(prefetch=50_000, in_place=True),
+    "deep": Case(layers=10),  # more than Dynamo compiles one function for
 }
 
 
@@ -47,8 +52,8 @@ def config_of(case: Case, compile: Toggle, world_size: int) -> RunConfig:
     shared = case.sequence if world_size > 1 else 1
     micro = 4 * shared // world_size
     config = run_config(3, accumulation=2, micro=micro, compile=compile, sequence_parallel_size=shared)
-    config.engine.recompute = case.recompute
-    config.model.num_layers = 4
+    config.engine.recompute, config.engine.gather_in_place = case.recompute, case.in_place
+    config.model.num_layers = case.layers
     if case.sequence > 1:
         config.model.num_kv_heads = 1
         config.model.position = Position.rope
@@ -104,6 +109,8 @@ def compiled_run(case: Case, own: Processes, folder: Path) -> dict[str, Any]:
     keep_nothing(case.prefetch)
     config = config_of(case, Toggle.on, own.world_size)
     one = engine_from_meta(config, own)
+    assert torch.nn.functional.linear is PLAIN_LINEAR
+    assert one.deepspeed._config.zero_config.allgather_sequential is case.in_place
     begin, results, counts = frames(), [], []
     for step in range(STEPS):
         if step == STEPS - 1:
@@ -159,7 +166,7 @@ def test_resume_is_exact(compiled: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_compiled_after_the_first_step(compiled: Any, name: str) -> None:
-    """Nor for a second block: all four share one graph. Compiled with ZeRO's hooks inside, it is 62 frames."""
+    """Nor for a second block: all share one graph. Compiled with ZeRO's hooks inside, it is 62 frames."""
     first, *later = compiled[name]["frames"]
     assert first in (1, 2)  # recomputed in the backward pass, a block is traced once more
     assert later == [first] * (STEPS - 1)
@@ -176,3 +183,38 @@ def test_the_next_block_is_gathered_ahead_whatever_its_size() -> None:
     assert small["stage3_prefetch_bucket_size"] == 50_000_000
     assert large["stage3_prefetch_bucket_size"] == 400_000_000
     assert large["stage3_max_live_parameters"] == 1_200_000_000
+
+
+def one_rank(device: Device, lean: Toggle) -> tuple[list[int], list[float]]:
+    """Frames compiled after each step of a deep model in bf16 on one rank, and the losses."""
+    own = distributed.init(device, timeout_minutes=5)
+    config = run_config(3, accumulation=2, micro=2, compile=Toggle.on, lean_zero3=lean)
+    config.model.num_layers, config.engine.precision = 10, Precision.bf16
+    one, counts, found = make_engine(config, own), [], []
+    for step in range(STEPS):
+        batch: Any = make_batch(step, config)
+        for micro in batch.micro_batches:
+            micro.tokens, micro.targets = micro.tokens.to(own.device), micro.targets.to(own.device)
+        found.append(one.train_step(batch, config.optim.lr).loss)
+        counts.append(frames())
+    one.close()
+    own.close()
+    return counts, found
+
+
+def check_one_rank(device: Device) -> None:
+    (counts, losses), (plain_counts, plain_losses) = (
+        on_ranks(1, one_rank, device, lean)[0] for lean in (Toggle.on, Toggle.off)
+    )
+    assert counts == plain_counts == [1] * STEPS
+    assert losses == pytest.approx(plain_losses, rel=3e-3)
+
+
+def test_one_rank_compiles_once() -> None:
+    check_one_rank(Device.cpu)
+
+
+@pytest.mark.gpu
+def test_one_gpu_compiles_once() -> None:
+    """torch 2.11's Dynamo compiles ten blocks with DeepSpeed's `linear` eight times, and leaves two as they are."""
+    check_one_rank(Device.cuda)

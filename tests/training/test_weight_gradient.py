@@ -24,7 +24,10 @@ from tests.training.conftest import Build, Reference, make_batch, make_engine, m
 from training import distributed
 from training.engine import Engine
 
-STAGES = (0, 1)
+STAGES = (0, 1, 3)
+"""Where one rank sums inside the products."""
+SHARED = (0, 1)
+"""Where several do."""
 
 
 def bf16_config(stage: int, accumulation: int = 2, fuse: Toggle = Toggle.on, **engine: Any) -> RunConfig:
@@ -217,7 +220,8 @@ def test_where_it_is_possible(build: Build) -> None:
         assert not takes_it(bf16_config(stage, fuse=Toggle.off))
     fp32 = run_config(0)
     bf16_sums = bf16_config(1, fp32_accumulation=False)
-    impossible = [fp32, bf16_sums, bf16_config(2), bf16_config(3), bf16_config(1, offload_optimizer=True)]
+    impossible = [fp32, bf16_sums, bf16_config(2), bf16_config(1, offload_optimizer=True)]
+    impossible += [bf16_config(3, lean_zero3=Toggle.off), bf16_config(3, fp32_accumulation=False)]
     for config in impossible:
         config.engine.fuse_weight_gradients = Toggle.on
         with pytest.raises(UserError, match=r"engine\.fuse_weight_gradients=on: needs .* or off"):
@@ -246,7 +250,7 @@ def reduced_sums() -> dict[int, Any]:
     that this rank has, and the first one's place."""
     own = distributed.init(Device.cpu, timeout_minutes=0.5)
     found = {}
-    for stage in STAGES:
+    for stage in SHARED:
         config = bf16_config(stage, 4)
         config.train.accumulation_steps = 4 // own.world_size
         one = make_engine(config, own)
@@ -265,7 +269,7 @@ def reduced_sums() -> dict[int, Any]:
 def test_ranks_reduce_the_sums() -> None:
     """Two ranks with two micro-batches each have, after the reduction, what one rank has from all four."""
     (alone,), both = on_ranks(1, reduced_sums), on_ranks(2, reduced_sums)
-    for stage in STAGES:
+    for stage in SHARED:
         loss, norm, sums = alone[stage]
         seen = dict.fromkeys(sums, 0)
         for rank in (0, 1):

@@ -148,7 +148,8 @@ def norms(report: Report) -> Iterator[Remedy]:
 def accumulation(report: Report) -> Iterator[Remedy]:
     """Weight gradients added in passes of their own."""
     setting, engine = report.setting, report.setting.config.engine
-    possible = should_fuse_weight_gradients(replace(engine, fuse_weight_gradients=Toggle.auto), setting.precision)
+    auto = replace(engine, fuse_weight_gradients=Toggle.auto)
+    possible = should_fuse_weight_gradients(auto, setting.precision, setting.world_size)
     if possible and engine.fuse_weight_gradients is Toggle.off:
         text = "sum weight gradients inside their products: engine.fuse_weight_gradients=auto (now off)"
         yield Remedy(report.time_of(Category.accumulation), ("engine.fuse_weight_gradients",), text)

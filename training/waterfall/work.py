@@ -58,7 +58,7 @@ def work_of(
     }
     element = ELEMENT_BYTES[precision]
     least = {kind: float(tokens * element * count) for kind, count in _activation_elements(model).items()}
-    fused = should_fuse_weight_gradients(engine, precision)
+    fused = should_fuse_weight_gradients(engine, precision, world_size)
     least |= _weight_bytes(model, engine, element, accumulation, world_size, fused)
     if engine.sequence_parallel_size > 1:
         least[Category.communication] += exchanged_bytes(model, engine, element, tokens)

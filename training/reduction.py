@@ -1,0 +1,136 @@
+"""ZeRO-3's sums of gradients: each rank adds up its part of every parameter's, in fp32, over micro-batches and ranks.
+
+DeepSpeed 0.19.8 moves a micro-batch's gradient of b bytes an element five times between the product that makes it and
+the sum: into a bucket (b + 4 bytes), into another one in the order of ranks (8), divided by their number (8), the own
+part then added to its sum (12/W). Here it is rounded up into its place in the order of ranks (b + 4), reduced there,
+and the own part divided as it is added (12/W). On one rank it is added as it comes (b + 8), or not at all, where the
+layer has added it itself (`model.weight_gradient`).
+
+A bucket is a matrix (W, n): row r is what rank r keeps. A parameter whose elements W doesn't divide has zeros after its
+last. Gradients wait for their bucket to be full; parameters larger than one are cut. While one bucket travels, on a
+stream of its own, the next fills; nothing here waits for the device.
+
+W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Bucket:
+    """Memory that travels."""
+
+    memory: Tensor
+    """fp32, (W·columns,)."""
+    reduced: torch.cuda.Event | None = None
+    """After which it may be filled again; None: it may."""
+
+
+class ShardedSums:
+    """Adds each parameter's gradient to the shards of its sum, as soon as autograd has it."""
+
+    def __init__(
+        self,
+        shards: Mapping[nn.Parameter, Tensor],
+        group: dist.ProcessGroup | None,
+        bucket_size: int,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        """`shards`: this rank's part of each sum, fp32, (elements / W, rounded up,). `bucket_size`: elements that
+        travel together. `stream`: where they do, None: where gradients are made."""
+        self.shards = shards
+        self.group = group
+        self.world_size = dist.get_world_size(group)
+        self.stream = stream
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        """Gradients that wait, (W, n), and the shards that they are to be added to, (n,)."""
+        self.waiting = 0
+        """Columns of those."""
+        self.columns = max(1, min(bucket_size // self.world_size, sum(shard.numel() for shard in shards.values())))
+        """Of a full bucket."""
+        self.buckets = [Bucket(self.memory()) for _ in range(0 if self.world_size == 1 else 1 if stream is None else 2)]
+        self.hooks = [parameter.register_post_accumulate_grad_hook(self.add) for parameter in shards]
+
+    def memory(self) -> Tensor:
+        """Of a bucket."""
+        like = next(iter(self.shards.values()))
+        return torch.empty(self.world_size * self.columns, dtype=like.dtype, device=like.device)
+
+    @torch.no_grad()
+    def add(self, parameter: Tensor) -> None:
+        """Hook: take a parameter's gradient. It also runs where a layer has given autograd none."""
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        shard = self.shards[parameter]  # type: ignore[index]
+        if self.world_size == 1:
+            shard.view(gradient.shape).add_(gradient)
+            return
+        rows = in_rows(gradient, self.world_size)
+        for part, sums in zip(rows.split(self.columns, dim=1), shard.split(self.columns), strict=True):
+            if self.waiting + sums.numel() > self.columns:
+                self.reduce()
+            self.pending.append((part, sums))
+            self.waiting += sums.numel()
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Send what waits, and add this rank's part to its sums."""
+        if not self.pending:
+            return
+        bucket = self.buckets[0]
+        self.buckets.reverse()
+        whole = self.fill(bucket)
+        sums = [shard for _, shard in self.pending]
+        self.forget()
+        if self.stream is None:
+            self.send(whole, sums)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.send(whole, sums)
+            bucket.reduced = self.stream.record_event()
+
+    def fill(self, bucket: Bucket) -> Tensor:
+        """The waiting gradients side by side, fp32, (W, waiting)."""
+        if bucket.reduced is not None:
+            torch.cuda.current_stream().wait_event(bucket.reduced)
+        whole = bucket.memory[: self.world_size * self.waiting].view(self.world_size, self.waiting)
+        places = whole.split([part.shape[1] for part, _ in self.pending], dim=1)
+        for place, (part, _) in zip(places, self.pending, strict=True):
+            place.copy_(part)
+        return whole
+
+    def send(self, whole: Tensor, sums: list[Tensor]) -> None:
+        """Reduce `whole` (W, n), and add the mean of this rank's row to `sums`, n elements in all."""
+        own = whole[dist.get_rank(self.group)]
+        dist.reduce_scatter_tensor(own, whole.view(-1), group=self.group)
+        parts = own.split([shard.numel() for shard in sums])
+        torch._foreach_add_(sums, list(parts), alpha=1.0 / self.world_size)
+
+    def finish(self, *_: Any) -> None:
+        """Send what is left of a backward pass. What is launched after this finds the sums complete."""
+        self.reduce()
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def forget(self) -> None:
+        """Drop what waits."""
+        self.pending.clear()
+        self.waiting = 0
+
+
+def in_rows(gradient: Tensor, world_size: int) -> Tensor:
+    """A gradient of any shape cut into W equal rows, (W, elements / W rounded up); zeros after its last element."""
+    flat = gradient.reshape(-1)
+    missing = -flat.numel() % world_size
+    return (F.pad(flat, (0, missing)) if missing else flat).view(world_size, -1)
