@@ -94,9 +94,11 @@ class BackwardSchedule(_Schedule):
             raise ValueError(f"programs of the backward pass go through rows: per_sm must be set in {self}")
 
 
-FORWARD: dict[int, ForwardSchedule] = {}
-"""By width, where another than the default has been measured to be faster."""
-BACKWARD: dict[int, BackwardSchedule] = {}
+FORWARD: dict[int, ForwardSchedule] = {2560: ForwardSchedule(warps=4, split=True)}
+"""By width, where another than the default has been measured to be faster (docs/mfu_log.md)."""
+BACKWARD: dict[int, BackwardSchedule] = {
+    2560: BackwardSchedule(warps=8, split=True, per_sm=2, ahead=True, early=True, joint=True),
+}
 
 
 def forward_schedule(width: int) -> ForwardSchedule:

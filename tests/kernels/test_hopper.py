@@ -199,13 +199,14 @@ def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
 
 FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
     **tuning.FORWARD_CANDIDATES[64],
-    "narrow_ahead": tuning.FORWARD_CANDIDATES[128]["narrow_ahead"],
-    "one stage, O in Q's buffer": replace(tuning.FORWARD[64], ahead=True, own_o=False, stages=1),
-    "named, no turns": replace(tuning.FORWARD[64], named_kv=True, pingpong=False),
-    "no overlap, turns": replace(tuning.FORWARD[64], overlap=False),
-    "tall, trim": replace(tuning.FORWARD_TALL[64], trim=True),
+    **{f"{name}, 128": tile for name, tile in tuning.FORWARD_CANDIDATES[128].items()},
+    "narrow": replace(tuning.FORWARD[128], block_n=64, stages=4, trim=True, named_kv=False),
+    "one stage, O in Q's buffer": replace(tuning.FORWARD[64], own_o=False, stages=1),
+    "named, no turns, a tile at a time": replace(tuning.FORWARD[64], ahead=False, named_kv=True, pingpong=False),
+    "no overlap, turns": replace(tuning.FORWARD[64], ahead=False, overlap=False),
+    "tall, a tile at a time": replace(tuning.FORWARD_LONG[64], ahead=False),
 }
-"""Forward tiles that are not shipped."""
+"""Forward tiles for every case, whichever of them is chosen for it."""
 
 
 def check_forward(case: Case) -> None:
@@ -251,21 +252,22 @@ def test_registers_and_barriers_of_forward_tiles() -> None:
     with pytest.raises(ValueError, match="rings of 3"):
         replace(tuning.FORWARD[64], stages=4, named_kv=True)
     with pytest.raises(ValueError, match="rings of 2"):
-        replace(tuning.FORWARD_TALL[64], stages=3, named_kv=True)
+        replace(tuning.FORWARD_LONG[64], stages=3, named_kv=True)
 
 
-def test_short_sequences_may_have_a_tile_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = tuning.FORWARD_CANDIDATES[64]["two_ctas"]
-    monkeypatch.setitem(tuning.FORWARD_SHORT, 64, short)
-    monkeypatch.setitem(tuning.SHORT_KEYS, (64, True), 1024)
-    for keys, left, right, want in (
-        (1024, False, True, short),
-        (1025, False, True, tuning.FORWARD[64]),
-        (512, False, False, tuning.FORWARD_TALL[64]),
-        (512, True, True, tuning.FORWARD[64]),
+def test_which_forward_tile() -> None:
+    for width, keys, left, right, want in (
+        (64, 2048, False, True, tuning.FORWARD_SHORT[64]),
+        (64, 2049, False, True, tuning.FORWARD_LONG[64]),
+        (64, 512, False, False, tuning.FORWARD_LONG[64]),
+        (64, 512, True, True, tuning.FORWARD[64]),
+        (128, 512, False, True, tuning.FORWARD[128]),
+        (128, 16384, False, True, tuning.FORWARD[128]),
+        (128, 512, False, False, tuning.FORWARD_LONG[128]),
+        (128, 512, True, False, tuning.FORWARD[128]),
+        (256, 512, False, False, tuning.FORWARD[256]),
     ):
-        assert tuning.forward_tile(64, keys, left, right) is want
-    assert tuning.forward_tile(128, 512, False, True) is tuning.FORWARD[128]
+        assert tuning.forward_tile(width, keys, left, right) is want
 
 
 @NEEDS_INTERPRETER
@@ -288,7 +290,7 @@ def test_three_warpgroups_and_shared_output_buffer(
 ) -> None:
     for own_o, block_m in ((False, 128), (True, 192)):
         tile = tuning.ForwardTile(block_m, 64, stages, 160, own_o, pingpong=True)
-        monkeypatch.setitem(tuning.FORWARD, 64, tile)
+        monkeypatch.setattr(tuning, "forward_tile", lambda *_, tile=tile: tile)
         case = Case(((500, 300),), heads=3, heads_k=1, right=0)
         q, k, v, _, params, extras = inputs(case)
         out, _ = hopper.forward(q, k, v, params, extras, {})

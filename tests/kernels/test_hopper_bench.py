@@ -128,7 +128,7 @@ def test_path_and_tiles_are_forced_and_restored(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_field_of_one_kernel_leaves_the_others_and_a_wrong_value_leaves_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward's block_n is no field; two Q blocks are needed by pairs, so one is refused halfway through."""
-    before = dict(tuning.FORWARD), dict(tuning.FORWARD_TALL), dict(tuning.BACKWARD)
+    before = dict(tuning.FORWARD), dict(tuning.FORWARD_LONG), dict(tuning.BACKWARD)
     _, context = bench.parse_implementation("hopper[block_n=64]")
     with context():
         assert {tile.block_n for tile in tuning.FORWARD.values()} == {64}
@@ -136,11 +136,11 @@ def test_a_field_of_one_kernel_leaves_the_others_and_a_wrong_value_leaves_all(mo
     _, context = bench.parse_implementation("hopper[q_stages=1]")
     with pytest.raises(ValueError, match="q_stages is 1"), context():
         pass
-    assert before == (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
+    assert before == (tuning.FORWARD, tuning.FORWARD_LONG, tuning.BACKWARD)
 
 
 def test_a_forward_candidate_takes_every_length_at_its_widths() -> None:
-    before = dict(tuning.FORWARD), dict(tuning.FORWARD_TALL), dict(tuning.BACKWARD)
+    before = dict(tuning.FORWARD), dict(tuning.FORWARD_LONG), dict(tuning.BACKWARD)
     want = tuning.FORWARD_CANDIDATES[64]["two_ctas"]
     _, context = bench.parse_implementation('hopper[candidate="two_ctas",stages=3]')
     with context():
@@ -148,7 +148,7 @@ def test_a_forward_candidate_takes_every_length_at_its_widths() -> None:
             assert tuning.forward_tile(64, keys, False, right) == dataclasses.replace(want, stages=3)
         assert tuning.FORWARD[128] == dataclasses.replace(before[0][128], stages=3)
         assert before[2] == tuning.BACKWARD
-    assert before == (tuning.FORWARD, tuning.FORWARD_TALL, tuning.BACKWARD)
+    assert before == (tuning.FORWARD, tuning.FORWARD_LONG, tuning.BACKWARD)
     _, context = bench.parse_implementation('hopper[candidate="typo"]')
     with pytest.raises(ValueError, match="no forward candidate"), context():
         pass

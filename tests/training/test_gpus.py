@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ STEPS = 3
 PRECISIONS = {Precision.fp32: 1e-5, Precision.bf16: 2e-3}
 """Precision → how far losses may be from one rank's: by the order of fp32 sums, and in bf16 by its rounding, 2^-9 of a
 value. Gradient norms: ten times as far."""
-CASES = [(precision, stage, sequence) for precision in PRECISIONS for stage in (0, 1, 2, 3) for sequence in (1, 2)]
+CASES = [(Precision.bf16, stage, sequence) for stage in (0, 1, 2, 3) for sequence in (1, 2)]
+CASES += [(Precision.fp32, 1, 1), (Precision.fp32, 3, 1), (Precision.fp32, 3, 2)]
 Steps = list[tuple[float, float]]
 
 
@@ -57,8 +59,10 @@ def all_steps(device: Device) -> list[Steps]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[int, list[Steps]]:
-    """By number of ranks, what rank 0 has of each case."""
-    return {ranks: on_ranks(ranks, all_steps, Device.cuda)[0] for ranks in (1, 2)}
+    """By number of ranks, what rank 0 has of each case. Both at once: most of the time is compilers'."""
+    with ThreadPoolExecutor() as pool:
+        jobs = {ranks: pool.submit(on_ranks, ranks, all_steps, Device.cuda) for ranks in (1, 2)}
+        return {ranks: job.result()[0] for ranks, job in jobs.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-zero{case[1]}-{case[2]}")

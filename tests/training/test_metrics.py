@@ -297,6 +297,7 @@ def test_cuda_clock_measures_the_device_not_the_host() -> None:
                 a @ a
     report = meter.report()
     assert report is not None
+    torch.cuda.synchronize()  # what was left out is still running
     start = time.perf_counter()
     for _ in range(20):
         a @ a

@@ -195,7 +195,7 @@ def one_rank(device: Device, lean: Toggle) -> tuple[list[int], list[float]]:
         batch: Any = make_batch(step, config)
         for micro in batch.micro_batches:
             micro.tokens, micro.targets = micro.tokens.to(own.device), micro.targets.to(own.device)
-        found.append(one.train_step(batch, config.optim.lr).loss)
+        found.append(one.train_step(batch, config.optim.lr).result().loss)
         counts.append(frames())
     one.close()
     own.close()

@@ -135,9 +135,11 @@ def compile_cases() -> list[CompileCase]:
         for dtype, mask, varlen in _combinations():
             quick = _quick(width, mask, varlen, dtype)
             cases.append(_forward_case("forward", width, tile, dtype, mask, varlen, quick=quick))
-    for kind, table in (("tall", tuning.FORWARD_TALL), ("short", tuning.FORWARD_SHORT)):
-        for (width, tile), mask, varlen in itertools.product(table.items(), ("full", "causal"), (False, True)):
-            cases.append(_forward_case(f"forward_{kind}", width, tile, "bf16", mask, varlen))
+    tables = (("short", tuning.FORWARD_SHORT, tuning.SHORT_KEYS), ("long", tuning.FORWARD_LONG, tuning.LONG_KEYS))
+    for kind, table, keys in tables:
+        for (width, right), dtype, varlen in itertools.product(keys, ("bf16", "fp16"), (False, True)):
+            mask = "causal" if right else "full"
+            cases.append(_forward_case(f"forward_{kind}", width, table[width], dtype, mask, varlen))
     for width, backward_tile in tuning.BACKWARD.items():
         num_warps = backward_tile.num_warps
         for dtype, mask, varlen in _combinations():
@@ -162,8 +164,8 @@ def compile_cases() -> list[CompileCase]:
 
 
 def candidate_cases() -> list[CompileCase]:
-    """The forward tiles that are still to be measured: ``scripts/compile_check.py --provider
-    kernels.attention.hopper.cases:candidate_cases`` (they have no budget)."""
+    """FORWARD_CANDIDATES in every combination, also those for which they are not chosen: ``scripts/compile_check.py
+    --provider kernels.attention.hopper.cases:candidate_cases`` (they have no budget)."""
     return [
         _forward_case(f"forward_{name}", width, tile, dtype, mask, varlen)
         for width, tiles in tuning.FORWARD_CANDIDATES.items()

@@ -168,51 +168,42 @@ class WideBackwardTile:
         return bool(self.first_stores)
 
 
+_AHEAD = ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True, ahead=True)
+_AHEAD_128 = replace(_AHEAD, stages=2)
+_TALL = ForwardTile(
+    block_m=192, block_n=128, stages=2, consumer_regs=160, own_o=True, pingpong=True, ahead=True, trim=True
+)
+_TWO_CTAS = ForwardTile(
+    block_m=128, block_n=64, stages=4, consumer_regs=104, own_o=True, pingpong=False,
+    overlap=False, ahead=True, trim=True, named_kv=True, ctas=2,
+)  # fmt: skip
+
 FORWARD: dict[int, ForwardTile] = {
-    64: ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True),
-    128: ForwardTile(block_m=128, block_n=128, stages=2, consumer_regs=240, own_o=True, pingpong=True),
+    64: _AHEAD,
+    128: replace(_AHEAD_128, named_kv=True),
     # K and V blocks of 64: two stages of 128 would need 320 KB. O lies in Q's buffer, its own would not fit.
     256: ForwardTile(block_m=128, block_n=64, stages=2, consumer_regs=240, own_o=False, pingpong=True),
 }
-"""Padded head dim -> forward tile."""
+"""Padded head dim -> forward tile, where neither of the next two is chosen: windows on the left always."""
 
-FORWARD_TALL: dict[int, ForwardTile] = {
-    64: ForwardTile(block_m=192, block_n=128, stages=2, consumer_regs=160, own_o=True, pingpong=True),
-}
-"""Padded head dim -> forward tile where rows have much to do: H100, 16k tokens, TFLOP/s at S = 512, 2k, 16k: full 370
-500 563, where FORWARD has 364 454 484; causal 181 376 545 and 211 393 488."""
-FORWARD_SHORT: dict[int, ForwardTile] = {}
-"""Padded head dim -> forward tile up to SHORT_KEYS keys; none has been measured to win yet (FORWARD_CANDIDATES)."""
-SHORT_KEYS: dict[tuple[int, bool], int] = {}
-"""(padded head dim, whether later keys are hidden) -> keys up to which calls take FORWARD_SHORT; windows on the left
-do not."""
-TALL_KEYS = {True: 4096, False: 0}
-"""Whether later keys are hidden -> keys from which calls take FORWARD_TALL; windows on the left do not."""
+FORWARD_SHORT: dict[int, ForwardTile] = {64: _TWO_CTAS}
+"""Padded head dim -> forward tile up to SHORT_KEYS keys, where a tile's start and end weigh most: here another CTA's
+blocks run beside them. H200, 16k tokens, TFLOP/s at S = 512, 1k, 2k: 290 362 415, with FORWARD_LONG 213 296 406."""
+SHORT_KEYS: dict[tuple[int, bool], int] = {(64, True): 2048}
+"""(padded head dim, whether later keys are hidden) -> keys up to which calls take FORWARD_SHORT."""
 
-_AHEAD = replace(FORWARD[64], ahead=True)
-_TALL_AHEAD = replace(FORWARD_TALL[64], ahead=True, trim=True)
-_TWO_CTAS = ForwardTile(128, 64, 4, 104, own_o=True, pingpong=False, overlap=False, ahead=True, ctas=2)
+FORWARD_LONG: dict[int, ForwardTile] = {64: _TALL, 128: replace(_AHEAD_128, own_o=False)}
+"""Padded head dim -> forward tile from LONG_KEYS keys on. H200, 16k tokens, TFLOP/s at S = 512, 2k, 16k: D = 64 full
+396 531 579, where FORWARD has 379 450 477; D = 128 full 515 665 711 and 513 650 693."""
+LONG_KEYS: dict[tuple[int, bool], int] = {(64, True): 2049, (64, False): 0, (128, False): 0}
+"""(padded head dim, whether later keys are hidden) -> keys from which calls take FORWARD_LONG."""
+
 FORWARD_CANDIDATES: dict[int, dict[str, ForwardTile]] = {
-    64: {
-        "ahead": _AHEAD,
-        "ahead_named": replace(_AHEAD, named_kv=True),
-        "ahead_free": replace(_AHEAD, pingpong=False),
-        "tall_ahead": _TALL_AHEAD,
-        "tall_ahead_named": replace(_TALL_AHEAD, named_kv=True),
-        "tall_ahead_free": replace(_TALL_AHEAD, pingpong=False),
-        "tall_narrow_ahead": replace(_TALL_AHEAD, block_n=64, stages=4),
-        "two_ctas": _TWO_CTAS,
-        "two_ctas_trim": replace(_TWO_CTAS, trim=True),
-        "two_ctas_trim_named": replace(_TWO_CTAS, trim=True, named_kv=True),
-    },
-    128: {
-        "ahead": replace(FORWARD[128], ahead=True),
-        "ahead_named": replace(FORWARD[128], ahead=True, named_kv=True),
-        "ahead_shared": replace(FORWARD[128], ahead=True, own_o=False),
-        "narrow_ahead": replace(FORWARD[128], block_n=64, stages=4, ahead=True, trim=True),
-    },
+    64: {"two_ctas": _TWO_CTAS, "tall": _TALL, "ahead_named": replace(_AHEAD, named_kv=True)},
+    128: {"shared": FORWARD_LONG[128], "shared_named": replace(FORWARD_LONG[128], named_kv=True)},
 }
-"""Padded head dim -> name -> forward tile that compiles clean and that nothing chooses before it has been measured."""
+"""Padded head dim -> name -> forward tile to hold against those chosen, everywhere: the bench's
+``hopper[candidate="NAME"]``. They compile clean and have groups of their own in tests/kernels/gpu/hopper_checks.py."""
 
 BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     # K and V from registers: +10 to 18 % on an H100; under Triton 3.9 they spill.
@@ -238,10 +229,10 @@ def padded_head_dim(head_dim: int) -> int:
 
 def forward_tile(width: int, seqlen_k: int, left: bool, right: bool) -> ForwardTile:
     """The forward's tile at this padded head dim, for keys of this length and masks on the left and on the right."""
-    if not left and width in FORWARD_SHORT and seqlen_k <= SHORT_KEYS.get((width, right), -1):
+    if not left and seqlen_k <= SHORT_KEYS.get((width, right), -1):
         return FORWARD_SHORT[width]
-    if not left and width in FORWARD_TALL and seqlen_k >= TALL_KEYS[right]:
-        return FORWARD_TALL[width]
+    if not left and seqlen_k >= LONG_KEYS.get((width, right), seqlen_k + 1):
+        return FORWARD_LONG[width]
     return FORWARD[width]
 
 

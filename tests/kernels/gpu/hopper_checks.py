@@ -286,7 +286,7 @@ def launch_variants() -> Iterator[Check]:
         tuning.ForwardTile(128, 128, 2, 240, own_o=False, pingpong=True),
         tuning.ForwardTile(128, 128, 3, 240, own_o=True, pingpong=False),
     ):
-        yield f"{tile}", lambda tile=tile: with_tile(tuning.FORWARD, 64, tile, check_dense, case)
+        yield f"{tile}", lambda tile=tile: with_forward_tile(tile, check_dense, case)
     for tall in (
         Case(700, 700, 64, 4, 2, batch=3, dtype=BF16),
         Case(1, 4097, 64, 4, 2, dtype=FP16, options=CAUSAL),
@@ -375,8 +375,8 @@ def forward_repeats(case: Case, times: int = 20) -> None:
 
 
 def forward_candidate(width: int, name: str) -> Iterator[Check]:
-    """A forward tile that is still to be measured: ring phases with fewer and more tiles than there are CTAs, shapes,
-    windows, groups of heads, varlen, and 20 equal runs."""
+    """One forward tile for everything, whichever is chosen: ring phases with fewer and more tiles than there are CTAs,
+    shapes, windows, groups of heads, varlen, and 20 equal runs."""
     tile = tuning.FORWARD_CANDIDATES[width][name]
     cases = []
     phases = sorted({1, 2, 3, tile.stages, tile.stages + 1})
