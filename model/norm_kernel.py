@@ -94,9 +94,14 @@ class BackwardSchedule(_Schedule):
             raise ValueError(f"programs of the backward pass go through rows: per_sm must be set in {self}")
 
 
-FORWARD: dict[int, ForwardSchedule] = {2560: ForwardSchedule(warps=4, split=True)}
+FORWARD: dict[int, ForwardSchedule] = {
+    768: ForwardSchedule(warps=1, split=True),
+    2560: ForwardSchedule(warps=4, split=True),
+}
 """By width, where another than the default has been measured to be faster (docs/mfu_log.md)."""
 BACKWARD: dict[int, BackwardSchedule] = {
+    768: BackwardSchedule(warps=2, split=True, per_sm=8, ahead=True, early=True, joint=True),
+    2048: BackwardSchedule(warps=4, per_sm=4, stages=3, early=True, joint=True),
     2560: BackwardSchedule(warps=8, split=True, per_sm=2, ahead=True, early=True, joint=True),
 }
 
@@ -617,7 +622,7 @@ def _add_norm_backward_fake(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels as LayerNorm with bias, on bf16 with a residual sum, by every candidate at two widths."""
+    """Both kernels as LayerNorm with bias, on bf16 with a residual sum, by every candidate at three widths."""
     from kernels.compile_check import CompileCase
 
     return [
@@ -627,7 +632,7 @@ def compile_cases() -> list[CompileCase]:
             num_warps=schedule.warps,
             quick=name == "default",
         )
-        for width in (768, 2560)
+        for width in (768, 2048, 2560)
         for direction, candidates in (("forward", forward_candidates), ("backward", backward_candidates))
         for name, schedule in candidates(width).items()
     ]

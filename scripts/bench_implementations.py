@@ -69,8 +69,7 @@ def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
         raise ValueError(
             f"no forward candidate {name!r}; there are {sorted(set().union(*tuning.FORWARD_CANDIDATES.values()))}"
         )
-    forward = (tuning.FORWARD, tuning.FORWARD_SHORT, tuning.FORWARD_LONG)
-    tables: tuple[dict[int, Any], ...] = (*forward, tuning.BACKWARD)
+    tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.FORWARD_LONG, tuning.BACKWARD)
     known = {f.name for table in tables for tile in table.values() for f in dataclasses.fields(tile)}
     if unknown := set(changes) - known - {"candidate"}:
         raise ValueError(f"hopper has no tile parameter {sorted(unknown)}; it has {sorted(known)}")

@@ -200,10 +200,10 @@ def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
 FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
     **tuning.FORWARD_CANDIDATES[64],
     **{f"{name}, 128": tile for name, tile in tuning.FORWARD_CANDIDATES[128].items()},
-    "narrow": replace(tuning.FORWARD[128], block_n=64, stages=4, trim=True, named_kv=False),
-    "one stage, O in Q's buffer": replace(tuning.FORWARD[64], own_o=False, stages=1),
-    "named, no turns, a tile at a time": replace(tuning.FORWARD[64], ahead=False, named_kv=True, pingpong=False),
-    "no overlap, turns": replace(tuning.FORWARD[64], ahead=False, overlap=False),
+    "narrow": replace(tuning.FORWARD[64], named_kv=False, overlap=True, pingpong=True),
+    "one stage, O in Q's buffer": replace(tuning.FORWARD[128], named_kv=False, own_o=False, stages=1),
+    "three stages, no turns, a tile at a time": replace(tuning.FORWARD[128], stages=3, ahead=False, pingpong=False),
+    "no overlap, turns": replace(tuning.FORWARD[128], named_kv=False, ahead=False, overlap=False),
     "tall, a tile at a time": replace(tuning.FORWARD_LONG[64], ahead=False),
 }
 """Forward tiles for every case, whichever of them is chosen for it."""
@@ -247,17 +247,17 @@ def test_rings_of_forward_variants(variant: str, emulated: None, monkeypatch: py
 
 
 def test_registers_and_barriers_of_forward_tiles() -> None:
-    assert tuning.FORWARD[64].options() == {}, "one CTA: Triton's own choice"
-    assert tuning.FORWARD_CANDIDATES[64]["two_ctas"].options() == {"maxnreg": 80}
+    assert tuning.FORWARD[128].options() == {}, "one CTA: Triton's own choice"
+    assert tuning.FORWARD[64].options() == {"maxnreg": 80}
     with pytest.raises(ValueError, match="rings of 3"):
-        replace(tuning.FORWARD[64], stages=4, named_kv=True)
+        replace(tuning.FORWARD[128], stages=4)
     with pytest.raises(ValueError, match="rings of 2"):
         replace(tuning.FORWARD_LONG[64], stages=3, named_kv=True)
 
 
 def test_which_forward_tile() -> None:
     for width, keys, left, right, want in (
-        (64, 2048, False, True, tuning.FORWARD_SHORT[64]),
+        (64, 2048, False, True, tuning.FORWARD[64]),
         (64, 2049, False, True, tuning.FORWARD_LONG[64]),
         (64, 512, False, False, tuning.FORWARD_LONG[64]),
         (64, 512, True, True, tuning.FORWARD[64]),

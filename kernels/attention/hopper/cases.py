@@ -135,11 +135,9 @@ def compile_cases() -> list[CompileCase]:
         for dtype, mask, varlen in _combinations():
             quick = _quick(width, mask, varlen, dtype)
             cases.append(_forward_case("forward", width, tile, dtype, mask, varlen, quick=quick))
-    tables = (("short", tuning.FORWARD_SHORT, tuning.SHORT_KEYS), ("long", tuning.FORWARD_LONG, tuning.LONG_KEYS))
-    for kind, table, keys in tables:
-        for (width, right), dtype, varlen in itertools.product(keys, ("bf16", "fp16"), (False, True)):
-            mask = "causal" if right else "full"
-            cases.append(_forward_case(f"forward_{kind}", width, table[width], dtype, mask, varlen))
+    for (width, right), dtype, varlen in itertools.product(tuning.LONG_KEYS, ("bf16", "fp16"), (False, True)):
+        mask = "causal" if right else "full"
+        cases.append(_forward_case("forward_long", width, tuning.FORWARD_LONG[width], dtype, mask, varlen))
     for width, backward_tile in tuning.BACKWARD.items():
         num_warps = backward_tile.num_warps
         for dtype, mask, varlen in _combinations():

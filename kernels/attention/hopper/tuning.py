@@ -168,8 +168,7 @@ class WideBackwardTile:
         return bool(self.first_stores)
 
 
-_AHEAD = ForwardTile(block_m=128, block_n=128, stages=3, consumer_regs=240, own_o=True, pingpong=True, ahead=True)
-_AHEAD_128 = replace(_AHEAD, stages=2)
+_AHEAD = ForwardTile(block_m=128, block_n=128, stages=2, consumer_regs=240, own_o=True, pingpong=True, ahead=True)
 _TALL = ForwardTile(
     block_m=192, block_n=128, stages=2, consumer_regs=160, own_o=True, pingpong=True, ahead=True, trim=True
 )
@@ -179,28 +178,26 @@ _TWO_CTAS = ForwardTile(
 )  # fmt: skip
 
 FORWARD: dict[int, ForwardTile] = {
-    64: _AHEAD,
-    128: replace(_AHEAD_128, named_kv=True),
+    64: _TWO_CTAS,
+    128: replace(_AHEAD, named_kv=True),
     # K and V blocks of 64: two stages of 128 would need 320 KB. O lies in Q's buffer, its own would not fit.
     256: ForwardTile(block_m=128, block_n=64, stages=2, consumer_regs=240, own_o=False, pingpong=True),
 }
-"""Padded head dim -> forward tile, where neither of the next two is chosen: windows on the left always."""
+"""Padded head dim -> forward tile. With two CTAs, one's blocks run beside the start and end of the other's tiles, which
+weigh most in short rows: H200, D = 64, 16k tokens, TFLOP/s causal at S = 512, 1k, 2k: 290 362 415, with FORWARD_LONG
+213 296 406; with a window of 1,024 at 4k and 16k 395 392, with one CTA of 128 rows 342 350."""
 
-FORWARD_SHORT: dict[int, ForwardTile] = {64: _TWO_CTAS}
-"""Padded head dim -> forward tile up to SHORT_KEYS keys, where a tile's start and end weigh most: here another CTA's
-blocks run beside them. H200, 16k tokens, TFLOP/s at S = 512, 1k, 2k: 290 362 415, with FORWARD_LONG 213 296 406."""
-SHORT_KEYS: dict[tuple[int, bool], int] = {(64, True): 2048}
-"""(padded head dim, whether later keys are hidden) -> keys up to which calls take FORWARD_SHORT."""
-
-FORWARD_LONG: dict[int, ForwardTile] = {64: _TALL, 128: replace(_AHEAD_128, own_o=False)}
-"""Padded head dim -> forward tile from LONG_KEYS keys on. H200, 16k tokens, TFLOP/s at S = 512, 2k, 16k: D = 64 full
-396 531 579, where FORWARD has 379 450 477; D = 128 full 515 665 711 and 513 650 693."""
+FORWARD_LONG: dict[int, ForwardTile] = {64: _TALL, 128: replace(_AHEAD, own_o=False)}
+"""Padded head dim -> forward tile from LONG_KEYS keys on. H200, 16k tokens, TFLOP/s: D = 64 causal at S = 4k and 16k
+479 566, with FORWARD 447 480; full at 512, 2k, 16k 396 531 579 and 398 465 490; D = 128 full 516 663 709 and 513 650
+693."""
 LONG_KEYS: dict[tuple[int, bool], int] = {(64, True): 2049, (64, False): 0, (128, False): 0}
-"""(padded head dim, whether later keys are hidden) -> keys from which calls take FORWARD_LONG."""
+"""(padded head dim, whether later keys are hidden) -> keys from which calls take FORWARD_LONG; with a window on the
+left none does."""
 
 FORWARD_CANDIDATES: dict[int, dict[str, ForwardTile]] = {
-    64: {"two_ctas": _TWO_CTAS, "tall": _TALL, "ahead_named": replace(_AHEAD, named_kv=True)},
-    128: {"shared": FORWARD_LONG[128], "shared_named": replace(FORWARD_LONG[128], named_kv=True)},
+    64: {"two_ctas": _TWO_CTAS, "tall": _TALL, "ahead": replace(_AHEAD, stages=3)},
+    128: {"ahead": _AHEAD, "ahead_named": FORWARD[128], "shared": FORWARD_LONG[128]},
 }
 """Padded head dim -> name -> forward tile to hold against those chosen, everywhere: the bench's
 ``hopper[candidate="NAME"]``. They compile clean and have groups of their own in tests/kernels/gpu/hopper_checks.py."""
@@ -229,8 +226,6 @@ def padded_head_dim(head_dim: int) -> int:
 
 def forward_tile(width: int, seqlen_k: int, left: bool, right: bool) -> ForwardTile:
     """The forward's tile at this padded head dim, for keys of this length and masks on the left and on the right."""
-    if not left and seqlen_k <= SHORT_KEYS.get((width, right), -1):
-        return FORWARD_SHORT[width]
     if not left and seqlen_k >= LONG_KEYS.get((width, right), seqlen_k + 1):
         return FORWARD_LONG[width]
     return FORWARD[width]
