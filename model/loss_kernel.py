@@ -117,11 +117,12 @@ def _cross_entropy_kernel(
     rest = _block(whole, BLOCK, GROUP)
     y = _cap(tl.load(row_ptr + rest, mask=rest < vocab_size, other=0.0).to(tl.float32), softcap, HAS_CAP)
     peak, total = _add_block(tl.where(rest < vocab_size, y, -float("inf")), peak, total)
+    exists = (target >= 0) & (target < vocab_size)
+    # Before the reductions, whose barriers keep it from a warp that is already writing the gradient there.
+    y_target = _cap(tl.load(row_ptr + target, mask=exists, other=0.0).to(tl.float32), softcap, HAS_CAP)
     top = tl.max(peak, axis=0)
     lse = top + tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
 
-    exists = (target >= 0) & (target < vocab_size)
-    y_target = _cap(tl.load(row_ptr + target, mask=exists, other=0.0).to(tl.float32), softcap, HAS_CAP)
     tl.store(losses_ptr + row, tl.where(exists, lse - y_target, float("inf")))
     tl.store(losses_ptr + num_rows + row, z_weight * lse * lse)
 

@@ -321,6 +321,10 @@ class Stage3(Partition):
                 yield Range(name, tuple(parameter.ds_shape), start, length, group, offset)  # type: ignore[attr-defined]
 
 
+GATHER_STREAM = "_DeepSpeedZeRoOffload__allgather_stream"
+"""Attribute of DeepSpeed's `parameter_offload`: where parameters are gathered beside the computation."""
+
+
 class LeanStage3(Stage3):
     """Stage 3 with gradients summed by `ShardedSums`, and a step that updates from these sums where they are.
 
@@ -354,8 +358,9 @@ class LeanStage3(Stage3):
             "grad_partitions_flat_buffer", "grad_position", "sub_group_to_group_id", "partition_count",
             "reduce_and_partition_stream", "reduce_bucket_size", "dp_process_group", "ipg_buckets", "_grad_acc_hooks",
             "_leaf_module_hooks", "overlapping_partition_gradients_reduce_epilogue", "_optimizer_step", "_pre_step",
+            "parameter_offload",
         )  # fmt: skip
-        if not all(hasattr(wrapper, name) for name in needed):
+        if not all(hasattr(wrapper, name) for name in needed) or not hasattr(wrapper.parameter_offload, GATHER_STREAM):
             return False
         sums, masters = wrapper.grad_partitions_flat_buffer, wrapper.fp32_partitioned_groups_flat
         sizes = [master.numel() for master in masters]
@@ -409,12 +414,19 @@ class LeanStage3(Stage3):
         self.wrapper._pre_step()
         if not self.alone:
             self.wrapper._partition_all_parameters()
+            self.wait_for_gathers()
         if self.one_kernel:
             call_pre_hooks(self.adamw)
         for group, gradient in enumerate(self.flats):
             self.update(group, gradient)
         if not self.alone:
             self.gather_resident()
+
+    def wait_for_gathers(self) -> None:
+        """Keep the update behind gathers that are still to read what it writes."""
+        stream = getattr(self.wrapper.parameter_offload, GATHER_STREAM)
+        if stream is not None:
+            torch.cuda.current_stream(self.flats[0].device).wait_stream(stream)
 
     def update(self, group: int, gradient: Tensor) -> None:
         """The step of one of DeepSpeed's groups."""
@@ -433,7 +445,13 @@ class LeanStage3(Stage3):
         self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
 
     def gather_resident(self) -> None:
-        """In one message; DeepSpeed's way is one a parameter, and then to wait for the device."""
+        """In one message; DeepSpeed's way is one a parameter, and then to wait for the device.
+
+        That wait also kept what the next forward pass gathers, on a stream of its own, behind the update.
+        """
+        stream = getattr(self.wrapper.parameter_offload, GATHER_STREAM)
+        if stream is not None:  # as on a CPU
+            stream.wait_stream(torch.cuda.current_stream(self.flats[0].device))
         resident = self.wrapper.persistent_parameters
         if resident:
             resident[0].all_gather_coalesced(resident).wait()

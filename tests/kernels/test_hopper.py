@@ -253,6 +253,8 @@ def test_registers_and_barriers_of_forward_tiles() -> None:
         replace(tuning.FORWARD[128], stages=4)
     with pytest.raises(ValueError, match="rings of 2"):
         replace(tuning.FORWARD_LONG[64], stages=3, named_kv=True)
+    with pytest.raises(ValueError, match=r"64512 registers.*has 32768"):
+        replace(tuning.FORWARD[64], consumer_regs=240)
 
 
 def test_which_forward_tile() -> None:

@@ -114,11 +114,11 @@ def test_ablation_table_divides_neighbours() -> None:
 def test_path_and_tiles_are_forced_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PATH_ENV, "auto")
     before = dict(tuning.FORWARD), dict(tuning.BACKWARD)
-    _, context = bench.parse_implementation("hopper[block_m=192,pingpong=false,do_stages=1]")
+    _, context = bench.parse_implementation("hopper[block_n=32,pingpong=false,do_stages=1]")
     with context():
         assert os.environ[PATH_ENV] == "hopper"
         assert all(
-            (t.block_m, t.pingpong, t.block_n) == (192, False, o.block_n)
+            (t.block_n, t.pingpong, t.block_m) == (32, False, o.block_m)
             for t, o in zip(tuning.FORWARD.values(), before[0].values(), strict=True)
         )
         assert {t.do_stages for t in tuning.BACKWARD.values()} == {1}

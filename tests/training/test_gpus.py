@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from configs.schema import Device, Precision, Recompute, Toggle
 from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_engine, run_config
-from training import distributed
+from training import distributed, rng
 from training.distributed import Processes
 
 pytestmark = [
@@ -71,3 +72,43 @@ def test_two_ranks_train_as_one(found: dict[int, list[Steps]], case: tuple[Preci
     for (loss, norm), (expected_loss, expected_norm) in zip(found[2][index], found[1][index], strict=True):
         assert loss == pytest.approx(expected_loss, rel=tolerance)
         assert norm == pytest.approx(expected_norm, rel=10 * tolerance)
+
+
+def slow_steps(device: Device, waits: bool) -> tuple[list[float], list[Tensor]]:
+    """Losses and masters of ZeRO-3 where matrices are gathered and the device is far behind the host, which `waits` for
+    it after each step or never."""
+    own = distributed.init(device, timeout_minutes=5)
+    rng.make_deterministic()
+    config = run_config(3, accumulation=1, compile=Toggle.off)
+    config.model.width, config.engine.precision = 512, Precision.bf16  # above 100,000 elements, which stay gathered
+    one = make_engine(config, own)
+    forward = one.forward
+
+    def slowly(micro: Any) -> Tensor:
+        torch.cuda._sleep(40_000_000)
+        return forward(micro)
+
+    one.forward = slowly  # type: ignore[method-assign]
+    steps = []
+    for step in range(8):
+        batch: Any = make_batch(step, config, own.rank, own.world_size)
+        for micro in batch.micro_batches:
+            micro.tokens, micro.targets = micro.tokens.to(own.device), micro.targets.to(own.device)
+        steps.append(one.train_step(batch, 1e-2))
+        if waits:
+            torch.cuda.synchronize()
+    losses = [step.result().loss for step in steps]
+    masters = [master.detach().cpu() for master in one.partition.masters()]
+    one.close()
+    own.close()
+    return losses, masters
+
+
+def test_gathers_wait_for_the_update() -> None:
+    """Parameters are gathered on a stream of their own: never before the update that they are to show."""
+    late, soon = (on_ranks(2, slow_steps, Device.cuda, waits) for waits in (False, True))
+    for (losses, masters), (expected, expected_masters) in zip(late, soon, strict=True):
+        assert losses == expected
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(masters, expected_masters, strict=True)
+        )

@@ -42,6 +42,13 @@ class ForwardTile:
         stages = (8 - (self.block_m // 64 if self.pingpong else 0)) // 2
         if self.named_kv and self.stages > stages:
             raise ValueError(f"named barriers serve rings of {stages} beside the turns, got {self.stages} stages")
+        consumers = self.block_m // 64
+        wanted, there = 128 * (consumers * self.consumer_regs + (24 if consumers == 2 else 32)), 65536 // self.ctas
+        if wanted > there:
+            raise ValueError(
+                f"{consumers} warpgroups with consumer_regs={self.consumer_regs} and the producer want {wanted} "
+                f"registers, a CTA of {self.ctas} on a multiprocessor has {there}: the kernel would hang"
+            )
 
     def options(self) -> dict[str, int]:
         """Launch options beside the number of warps: at entry all warps of a CTA, a multiple of 4, have as many
