@@ -71,7 +71,7 @@ class Row:
     speedup: float | None = None
     paper_tflops: float | None = None
     start_s: float | None = None
-    """Seconds from the start of the run's process to its first step done."""
+    """Seconds from the start of the run's process to the row of its first step; see `Trial`."""
     wall_s: float | None = None
     """Seconds from the start of the run's process to its end."""
 

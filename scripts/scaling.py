@@ -75,7 +75,7 @@ class Row:
     problem: str | None = None
     """Why nothing was measured: `NO_ROOM`, or how the trial failed."""
     start_s: float | None = None
-    """Seconds from the start of the trial's processes to its first step done."""
+    """Seconds from the start of the trial's processes to the row of its first step; see `Trial`."""
     wall_s: float | None = None
     """Seconds from the start of the trial's processes to their end."""
 
