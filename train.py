@@ -35,7 +35,9 @@ def train(session: Session, trainer: Trainer) -> None:
         while state.step < every.steps and not session.interrupts.poll():
             batch = next(batches)
             step = engine.train_step(batch, learning_rate(state.step, config.optim, every.steps))
-            trainer.advance(batch, step)  # step, position in the data, meter; a non-finite loss ends the run here
+            # Step, position in the data, meter. A non-finite loss ends the run here; where the device decides of steps,
+            # it is the loss of the step before.
+            trainer.advance(batch, step)
             if trainer.due(every.log_every) or state.step == 1:
                 trainer.log()
             if trainer.due(every.eval_every):

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from kernels.compile_check import CompileCase
     from model.loss import LossOptions
 
 BLOCK = 8192
@@ -180,3 +181,28 @@ def cross_entropy_(logits: Tensor, targets: Tensor, options: LossOptions, want_g
         num_warps=NUM_WARPS,
     )
     return losses.sum(dim=1)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Losses and gradients of bf16 logits without soft cap and z-loss, of a vocabulary that 16 doesn't divide."""
+    from triton.compiler import ASTSource
+
+    from kernels.compile_check import CompileCase
+    from model.loss import IGNORE
+
+    def source() -> ASTSource:
+        flags = {"HAS_CAP": False, "HAS_Z": False, "HAS_GRADIENT": True}
+        constants = {"ignore": IGNORE, **flags, "BLOCK": BLOCK, "GROUP": GROUP}
+        types = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32"}
+        types |= {"softcap": "fp32", "z_weight": "fp32"}
+        names = _cross_entropy_kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        aligned = ("logits_ptr", "targets_ptr", "losses_ptr", "row_stride", "num_rows", "padded_size")
+        return ASTSource(
+            _cross_entropy_kernel,
+            signature,
+            constants,
+            {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+
+    return [CompileCase("loss[bf16,gradient]", source, NUM_WARPS, archs=(80, 90), quick=True)]

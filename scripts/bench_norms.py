@@ -3,7 +3,7 @@
     bench_norms.py                                     width 2560, 8,192 tokens
     bench_norms.py --widths 768 2048 2560 --tokens 8192 16384 32768
     bench_norms.py --norm rmsnorm --beside copy
-    bench_norms.py --backward default 'warps=4,split=true,per_sm=3,stages=5,joint=true,early=true'
+    bench_norms.py --backward shipped 'warps=4,split=true,per_sm=3,stages=5,joint=true,early=true'
 
 Passes, in bf16, and the bytes that each must move, in rows of the residual stream (2·E·N bytes each; gradients of
 weight and bias are small beside them):
@@ -13,14 +13,16 @@ weight and bias are small beside them):
     backward    of `forward`                             4: reads dy, ds, s, writes dx; parts of dw, db summed
     kernel      the same without that sum, ours only     4
 
-Beside the schedules of `model.norm_kernel`: ``compile``, PyTorch's sum and norm compiled; ``liger``, PyTorch's sum and
+Schedules are the candidates of `model.norm_kernel`, among them the one that is shipped for the width, which can be
+asked for as ``shipped``. Beside them: ``compile``, PyTorch's sum and norm compiled; ``liger``, PyTorch's sum and
 Liger's LayerNorm or RMSNorm kernel, where it can be imported; ``copy``, a copy on the device that moves as many bytes,
 the most that a pass could reach.
 
 All in one process, in rotating order, CUDA events around each call, median over repeats. Before each call the L2 cache
 is filled by reading something else: filled by writing, it would have to be written back within the time measured. Each
 implementation is checked first: no further from fp32 than one and a half times PyTorch's bf16. Prints one table and,
-by width, the fastest schedule as a line for `model.norm_kernel`, and writes JSON.
+by width, the fastest schedule as a line for `model.norm_kernel` with its speed beside the shipped one's, and writes
+JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ from model.norm_kernel import (
     BackwardSchedule,
     ForwardSchedule,
     backward_candidates,
+    backward_schedule,
     forward_candidates,
+    forward_schedule,
     run_backward,
     run_forward,
 )
@@ -230,15 +234,22 @@ class ColdTimer:
         return [begin.elapsed_time(end) * 1e3 for begin, end in events]
 
 
+def shipped(width: int, direction: str) -> ForwardSchedule | BackwardSchedule:
+    """What the model runs."""
+    return forward_schedule(width) if direction in ("forward", "first") else backward_schedule(width)
+
+
 def schedules_of(args: argparse.Namespace, width: int, direction: str) -> dict[str, Any]:
-    """Those asked for, by name; all candidates unless some are."""
+    """Those asked for, by name; unless some are all candidates, and the shipped one if it is none of them."""
     forward = direction in ("forward", "first")
     candidates: dict[str, Any] = dict(forward_candidates(width) if forward else backward_candidates(width))
+    own = shipped(width, direction)
     asked = args.forward if forward else args.backward
     kind = ForwardSchedule if forward else BackwardSchedule
     if asked is None:
-        return candidates
-    return {text: candidates[text] if text in candidates else parse_schedule(kind, text) for text in asked}
+        return candidates if own in candidates.values() else {"shipped": own, **candidates}
+    known = {**candidates, "shipped": own}
+    return {text: known[text] if text in known else parse_schedule(kind, text) for text in asked}
 
 
 def parse_schedule(kind: type[ForwardSchedule] | type[BackwardSchedule], text: str) -> Any:
@@ -248,7 +259,8 @@ def parse_schedule(kind: type[ForwardSchedule] | type[BackwardSchedule], text: s
         return kind(**{name: json.loads(value) for name, value in (pair.split("=") for pair in text.split(","))})
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{text!r} is neither a candidate of this width nor field=value,... of {', '.join(known)}: {error}"
+            f"{text!r} is neither shipped, nor a candidate of this width, nor field=value,... of "
+            f"{', '.join(known)}: {error}"
         ) from error
 
 
@@ -340,8 +352,9 @@ def told(schedule: ForwardSchedule | BackwardSchedule) -> str:
 
 
 def fastest(results: Sequence[Result]) -> list[str]:
-    """By width the schedules whose times, over all numbers of tokens, are least beside the default's, as lines for
-    `model.norm_kernel`. Forward is counted with and without f as a block has them, once each."""
+    """By width the schedules whose times, over all numbers of tokens, are least, as lines for `model.norm_kernel`, with
+    their speed relative to the shipped schedule's if that was measured too. Forward is counted with and without f as a
+    block has them, once each."""
     lines = []
     for width in sorted({r.width for r in results}):
         for table, kind, passes in (
@@ -358,9 +371,10 @@ def fastest(results: Sequence[Result]) -> list[str]:
             if not right:
                 continue
             best = min(right, key=lambda name: right[name])
-            schedule = kind(**next(r.schedule or {} for r in mine if r.implementation == best))
-            gain = f", {right['default'] / right[best]:.2f} times the default's speed" if "default" in right else ""
-            lines.append(f"{table}[{width}] = {told(schedule)}  # {best}{gain}")
+            schedules = {r.implementation: kind(**r.schedule) for r in mine if r.schedule is not None}
+            own = next((name for name in right if schedules[name] == shipped(width, passes[0])), None)
+            gain = "" if own is None else f", {right[own] / right[best]:.2f} times the speed of the shipped {own}"
+            lines.append(f"{table}[{width}] = {told(schedules[best])}  # {best}{gain}")
     return lines
 
 
@@ -372,7 +386,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192], help="rows of a call")
     parser.add_argument("--norm", choices=["layernorm", "rmsnorm"], default="layernorm", help="layernorm has a bias")
     parser.add_argument("--passes", nargs="+", choices=list(ROWS_MOVED), default=list(ROWS_MOVED))
-    parser.add_argument("--forward", nargs="+", metavar="SCHEDULE", help="candidates, or field=value,...; default: all")
+    parser.add_argument(
+        "--forward", nargs="+", metavar="SCHEDULE", help="candidates, shipped, or field=value,...; default: all"
+    )
     parser.add_argument("--backward", nargs="+", metavar="SCHEDULE")
     parser.add_argument("--beside", nargs="*", choices=BESIDE, default=list(BESIDE))
     parser.add_argument("--warmup", type=int, default=5, help="calls before measuring, per implementation")

@@ -71,7 +71,7 @@ class Row:
     speedup: float | None = None
     paper_tflops: float | None = None
     start_s: float | None = None
-    """Seconds from the start of the run's process to its first step done."""
+    """Seconds from the start of the run's process to the row of its first step; see `Trial`."""
     wall_s: float | None = None
     """Seconds from the start of the run's process to its end."""
 
@@ -136,9 +136,7 @@ def compare_all(config: CompareRunConfig, folder: Path) -> int:
     work.no_room = [rung for values in earlier.get("did_not_fit", []) if (rung := row_of(Rung, values)) is not None]
     have = {(row.setting, row.attention) for row in work.rows}
     with Stop() as stop:
-        with stop.trials():
-            for name, setting in settings:
-                compare(work, name, setting, folder / name if wanted.paper else folder)
+        stop.trials(partial(compare_settings, work, settings, folder, wanted.paper))
         if stop.signal:
             console.print(f"{stop.signal.name}: the trials end here; the same command goes on.")
         console.print(table_of(work.rows, wanted.paper, have))
@@ -168,6 +166,14 @@ def paper_settings(overrides: Sequence[str], names: Sequence[str] = ()) -> Itera
         length = compose([f"experiment={name}"]).model.sequence_length
         batch = f"train.global_batch_size={PAPER_TOKENS_PER_STEP // length}"
         yield name, [f"experiment={name}", *data, batch, *kept]
+
+
+def compare_settings(
+    work: Comparison, settings: Sequence[tuple[str, list[str]]], folder: Path, in_folders: bool
+) -> None:
+    """Trials of the settings, (name, overrides), each in a folder of its own or all in this one."""
+    for name, overrides in settings:
+        compare(work, name, overrides, folder / name if in_folders else folder)
 
 
 def compare(work: Comparison, name: str, overrides: list[str], folder: Path) -> None:

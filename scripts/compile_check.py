@@ -32,6 +32,7 @@ PROVIDERS = (
     "kernels.attention.portable:compile_cases",
     "kernels.attention.hopper:compile_cases",
     "model.norm_kernel:compile_cases",
+    "model.loss_kernel:compile_cases",
     "training.adamw_kernel:compile_cases",
 )
 CACHE = ROOT / ".cache" / "triton"

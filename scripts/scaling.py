@@ -75,7 +75,7 @@ class Row:
     problem: str | None = None
     """Why nothing was measured: `NO_ROOM`, or how the trial failed."""
     start_s: float | None = None
-    """Seconds from the start of the trial's processes to its first step done."""
+    """Seconds from the start of the trial's processes to the row of its first step; see `Trial`."""
     wall_s: float | None = None
     """Seconds from the start of the trial's processes to their end."""
 
@@ -101,15 +101,20 @@ def scale(config: ScalingRunConfig, folder: Path) -> int:
     if have:
         report.write()  # where other rows moved aside, these went along
     with Stop() as stop:
-        with stop.trials():
-            report.link = links(console, config, report.link)  # seconds; processes that can't talk fail here
-            for engine in config.scaling.engines:
-                for world_size in config.scaling.world_sizes:
-                    add(console, report, overrides, engine, world_size)
+        stop.trials(partial(add_all, console, report, overrides))
         if stop.signal:
             console.print(f"{stop.signal.name}: the trials end here; the same command goes on.")
         finish(console, report, overrides, have)
     return stop.exit_code or int(any(row.problem not in (None, NO_ROOM) for row in report.rows))
+
+
+def add_all(console: Console, report: Report, overrides: list[str]) -> None:
+    """The links between processes, and the rows of all trials."""
+    config = report.config
+    report.link = links(console, config, report.link)  # seconds; processes that can't talk fail here
+    for engine in config.scaling.engines:
+        for world_size in config.scaling.world_sizes:
+            add(console, report, overrides, engine, world_size)
 
 
 def add(console: Console, report: Report, overrides: list[str], engine: str, world_size: int) -> None:

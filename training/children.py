@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import IO, Any
 
@@ -13,12 +16,16 @@ import psutil
 
 PATIENCE_S = 5.0
 """From SIGTERM, on which a run finishes its step and a launcher ends its ranks, to SIGKILL."""
+SWEEPS = 3
+"""Times that what is left is looked for and killed: a process that is being started may be missed by the first."""
+MARKS = "FLASHTRAIN_CHILD_OF"
+"""Environment variable with a word for each `child` that a process is of."""
 
 
 class Stop:
     """Turns the first SIGINT or SIGTERM into the end of the tool's trials, and none into the end of its report.
 
-    A context for the whole of a tool, `trials()` one inside it, which the first signal ends. What comes later, or after
+    A context for the whole of a tool, which does its trials by `trials`. What comes after the first signal, or after
     the trials, is ignored: what is measured gets written, and processes get ended. A signal that the tool was started
     to ignore stays ignored (`nohup`, a script's background jobs).
     """
@@ -26,7 +33,8 @@ class Stop:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The first that came."""
-        self._armed = True
+        self._armed = False
+        """Whether the first signal is raised where it comes."""
         self._earlier: dict[signal.Signals, Any] = {}
 
     @property
@@ -34,11 +42,12 @@ class Stop:
         """130 after SIGINT, 143 after SIGTERM, else 0."""
         return 0 if self.signal is None else 128 + self.signal
 
-    @contextlib.contextmanager
-    def trials(self) -> Iterator[None]:
-        """A block that the first signal ends, without an error."""
+    def trials(self, run: Callable[[], None]) -> None:
+        """Call `run`, which the first signal ends, without an error; not at all if that has come already."""
         try:
-            yield
+            self._armed = True
+            if self.signal is None:
+                run()
         except KeyboardInterrupt:
             if self.signal is None:
                 raise
@@ -63,14 +72,27 @@ class Stop:
 
 @contextlib.contextmanager
 def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process (`subprocess.Popen` of text) that has ended, with all that it started, when the block has."""
-    process = subprocess.Popen(command, text=True, **options)
+    """A process (`subprocess.Popen` of text) that has ended, with all that it started, when the block has.
+
+    What it starts inherits a mark in its environment, by which it is found even if the process ends first: a launcher
+    that is killed leaves its ranks, sessions of their own, to the system.
+    """
+    mark = uuid.uuid4().hex
+    environment = dict(options.pop("env", os.environ))
+    environment[MARKS] = " ".join([*environment.get(MARKS, "").split(), mark])
+    process = None
     try:
+        process = subprocess.Popen(command, text=True, env=environment, **options)
         yield process
     finally:
-        end_tree(process)
-        for stream in (process.stdout, process.stderr):
-            close(stream)
+        try:
+            end_tree(process, mark)
+        except KeyboardInterrupt:
+            end_tree(process, mark)
+            raise
+        if process is not None:
+            close(process.stdout)
+            close(process.stderr)
 
 
 def close(stream: IO[str] | None) -> None:
@@ -79,20 +101,60 @@ def close(stream: IO[str] | None) -> None:
         stream.close()
 
 
-def end_tree(process: subprocess.Popen[str]) -> None:
-    """End a process that still runs, and its descendants: ranks are sessions of their own, which no group reaches."""
-    if process.poll() is not None:
-        return
-    tree = family(process.pid)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(PATIENCE_S)
-    tree += [member for member in family(process.pid) if member not in tree]  # what started in the meantime
-    for member in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):  # psutil knows a process from another with its number
-            member.kill()
-    process.wait()
-    psutil.wait_procs([member for member in tree if member.pid != process.pid], PATIENCE_S)
+def end_tree(process: subprocess.Popen[str] | None, mark: str) -> None:
+    """End a process, its descendants and all others that have the mark, whatever of them still runs.
+
+    The process alone is asked, by SIGTERM, to end with what it started; if it has ended, all others are.
+    """
+    tree = marked(mark)
+    if process is not None and process.poll() is None:
+        tree = list({*tree, *family(process.pid)})
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_S)
+    else:
+        send(signal.SIGTERM, tree)
+        wait_for(tree)
+    for _ in range(SWEEPS):
+        tree = [member for member in {*tree, *marked(mark)} if is_alive(member)]  # with what started in the meantime
+        if not tree:
+            break
+        send(signal.SIGKILL, tree)
+        wait_for(tree)
+    if process is not None:
+        process.wait()
+
+
+def send(number: signal.Signals, members: Iterable[psutil.Process]) -> None:
+    """Send a signal to those that are still there; psutil knows a process from another with its number."""
+    for member in members:
+        with contextlib.suppress(psutil.Error):
+            member.send_signal(number)
+
+
+def wait_for(members: Sequence[psutil.Process]) -> None:
+    """Wait until none of them runs, `PATIENCE_S` at most. Exit codes stay for those who have a right to them."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any(map(is_alive, members)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def is_alive(member: psutil.Process) -> bool:
+    """Whether it runs; one that has ended stays in the system's list until its parent has asked for its exit code."""
+    try:
+        return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes started with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone, or another user's
+            if mark in process.environ().get(MARKS, "").split():
+                found.append(process)
+    return found
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -98,7 +98,7 @@ class Trainer:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             with suppress(Exception):  # the first error is the one to tell
                 if self.last is not None and self.last.is_here:
-                    self.learn()
+                    self.learn(failed=True)
             self.saver.settle()  # what was begun to be saved before the error is sound
         self.logger.finish(0 if error is None else 1)
         self.cleanup.close()
@@ -280,11 +280,14 @@ class Trainer:
         self.watchdog.beat()
         self.saver.poll()  # a save that has failed ends the run here
 
-    def learn(self) -> None:
+    def learn(self, *, failed: bool = False) -> None:
         """Look at the last step's result, and write its metrics if that is due. Waits for the device if it must.
 
         Comes before whatever uses the weights or saves them, so that nothing is built on a step that has failed.
         Raises `UserError` if it wasn't finite, unless such steps are skipped.
+
+        failed: the run ends with an error, so the row goes without throughput. That is known only once the device has
+        done the step's update, in which it may wait for a rank that is gone until the collective's timeout.
         """
         if self.last is None:
             return
@@ -295,7 +298,9 @@ class Trainer:
             self.state.last_loss = result.loss
         elif unread:
             self._nonfinite(result)
-        if unlogged:
+        if unlogged and failed:
+            self._log(result, None)
+        elif unlogged:
             with self._aside():
                 self._log(result, self.meter.report())
 

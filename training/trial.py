@@ -58,7 +58,11 @@ class Trial:
     num_steps: int
     """Steps that the medians are over."""
     start_s: float | None = None
-    """Seconds from the start of its processes to its first step done: imports, corpus, weights, compilation."""
+    """Seconds from the start of its processes to the row of its first step: imports, corpus, weights, compilation.
+
+    Where the device decides of steps, that row is written once step 2 has been queued (`Trainer.advance`), so the time
+    includes step 2's forward and backward passes: on a GPU what the host takes to queue them, on a CPU all of it.
+    """
     wall_s: float | None = None
     """Seconds from the start of its processes to their end."""
 

@@ -5,7 +5,7 @@ A problem of one room is stated by that room (`model.check`, `training.batch.res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -14,7 +14,14 @@ from configs.schema import Attention, Device, Precision, RunConfig, Schedule, So
 from model import resolve_attention
 from model.checks import check
 from model.sequence import problems as sequence_problems
-from training.backend import DTYPES, check_engine, resolve_precision, should_be_lean, should_fuse_step
+from training.backend import (
+    DTYPES,
+    check_engine,
+    resolve_precision,
+    should_be_lean,
+    should_fuse_step,
+    should_fuse_weight_gradients,
+)
 from training.batch import data_ranks, resolve_batch
 from training.resume import resume_path
 from training.run import run_folder
@@ -35,7 +42,7 @@ def find_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _data(config)
     yield from _optim(config)
     yield from _engine(config)
-    yield from _device(config)
+    yield from _device(config, world_size)
     try:
         resume_path(config, run_folder(config))
     except UserError as error:
@@ -129,7 +136,7 @@ def _engine(config: RunConfig) -> Iterator[str]:
         yield f"engine.loss_scale is for engine.precision=fp16, not {engine.precision}: set it to 0."
 
 
-def _device(config: RunConfig) -> Iterator[str]:
+def _device(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.hardware.device is Device.cuda and not torch.cuda.is_available():
         yield "hardware.device is cuda, but PyTorch sees no GPU here: use hardware=auto or hardware=cpu."
         return
@@ -141,13 +148,25 @@ def _device(config: RunConfig) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    try:
-        should_be_lean(config.engine)
-        should_fuse_step(config.optim, config.engine, precision, device)
-    except UserError as error:
-        yield str(error)
+    yield from _toggles(config, precision, device, world_size)
     if config.model.attention is not Attention.auto and not check(config.model, config.data.document_mask):
         try:
             resolve_attention(config.model, device, DTYPES[precision])
         except UserError as error:
             yield str(error)
+
+
+def _toggles(config: RunConfig, precision: Precision, device: torch.device, world_size: int) -> Iterator[str]:
+    """What is `on` and can't be."""
+    questions: tuple[Callable[[], object], ...] = (
+        lambda: should_be_lean(config.engine),
+        lambda: should_fuse_weight_gradients(config.engine, precision, world_size),
+        lambda: should_fuse_step(config.optim, config.engine, precision, device),
+    )
+    said: dict[str, None] = {}  # the later ask the first too
+    for question in questions:
+        try:
+            question()
+        except UserError as error:
+            said[str(error)] = None
+    yield from said

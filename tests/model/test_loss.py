@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 from configs.schema import Attention, ModelConfig, Toggle
+from kernels.compile_check import load_budget
 from model import build_model, loss, loss_kernel
 from model.loss import LossOptions, chunks, linear_cross_entropy, plain_chunk_loss_, resolve_fused
+from model.norm_kernel import REGISTERS_PER_SM
 from tests.model.small import batch, small
 
 V, PADDED, E = 131, 256, 16
@@ -58,6 +60,16 @@ def test_sums_and_gradients(options: dict[str, float], fused: bool, monkeypatch:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert torch.equal(got[1][V:], torch.zeros(PADDED - V, E))
     assert torch.equal(got[0][::5], torch.zeros(13, E))
+
+
+def test_two_programs_of_the_kernel_fill_a_multiprocessor() -> None:
+    """What `NUM_WARPS` is for, by the compiler's budget: 2,048 threads and 65,536 registers on a Hopper GPU."""
+    entry = load_budget()["loss[bf16,gradient] sm_90"]
+    threads = 2 * 32 * loss_kernel.NUM_WARPS
+    assert threads == 2048
+    assert -(-entry.registers // 8) * 8 * threads <= REGISTERS_PER_SM  # given out in eights
+    assert 2 * (entry.shared_bytes + 1024) <= 228 * 1024
+    assert entry.spill_bytes == 0
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["torch", "triton"])

@@ -30,6 +30,8 @@ from tests.training.driver import warm_up
 from training import checkpoint, trainer, watchdog
 from training.checkpoint import Shard, Snapshot
 from training.engine import Engine
+from training.metrics import ThroughputMeter
+from training.profile import StepProfiler
 from training.step import Step
 from training.trainer import Trainer
 
@@ -239,6 +241,14 @@ def nan_gradient(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def fail_on_a_stuck_device(sums: torch.Tensor) -> torch.Tensor:
+    """From here on the device doesn't come to the end of what it was handed, as in a collective without a peer."""
+    ThroughputMeter.report = lambda self: hang()  # type: ignore[method-assign,assignment]
+    StepProfiler._synchronize = lambda self: hang()  # type: ignore[method-assign]
+    fail()
+    return sums
+
+
 def signal_in_evaluation(job: Job, rank: int) -> None:
     plain = trainer.evaluation_batches
 
@@ -294,6 +304,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "die while others wait": die_while_others_wait,
     "nan": in_forward(nan_gradient),
     "spike": in_forward(lambda sums: sums * 1e4),
+    "fail on a stuck device": in_forward(fail_on_a_stuck_device),
     "signal in evaluation": signal_in_evaluation,
     "signal in save": signal_in_save,
     "slow save": slow_save,

@@ -100,6 +100,20 @@ def test_a_crash_leaves_the_row_of_the_step_before(late: Faults, tmp_path: Path)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 7))
 
 
+@pytest.mark.parametrize(("step", "profiled"), [(7, False), (13, True)])
+def test_a_crash_waits_for_no_update(late: Faults, tmp_path: Path, step: int, profiled: bool) -> None:
+    """The row of the step before is written in a crash: without the step's time, for which the device would have to be
+    done with its update, and of several ranks with gathering weights."""
+    steps = ("train.steps=15", f"train.profile_steps={2 * profiled}", "train.eval_every=0", "train.save_every=0")
+    outcome = late.start(tmp_path, *steps, fault="fail on a stuck device", at_step=step, codes=[1])
+    assert outcome.seconds < 60
+    assert "the card has fallen off" in output(tmp_path) + (tmp_path / "run.log").read_text()
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == list(range(1, step))
+    assert all("train/loss" in row for row in found)
+    assert ("perf/step_time_s" in found[5], "perf/step_time_s" in found[-1]) == (profiled, False)
+
+
 @pytest.mark.parametrize("step", [5, 6, 10])
 def test_a_step_that_is_not_finite_stops_the_run(late: Faults, tmp_path: Path, step: int) -> None:
     """While the next step is queued, before a save that is due after it, and at the end of the run."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from model import norm_kernel
 from model.norm_kernel import BackwardSchedule, ForwardSchedule, backward_candidates, forward_candidates
 from scripts import bench_norms as bench
 
@@ -62,7 +63,7 @@ def test_wrong_results_are_not_timed(direction: str, monkeypatch: pytest.MonkeyP
             return outputs
 
         monkeypatch.setattr(bench, name, spoilt)
-        option = ("--forward", "default") if name == "run_forward" else ("--backward", "default")
+        option = ("--forward", "plain") if name == "run_forward" else ("--backward", "plain")
         copied, wrong = bench.measure(arguments(*option, *FEW), 24, 5, direction, steady)
         assert copied.implementation == "copy"
         assert wrong.error.startswith("wrong: ")
@@ -78,9 +79,9 @@ def test_compile_and_plain_are_the_same_function() -> None:
 
 
 def test_schedules_by_fields() -> None:
-    args = arguments("--backward", "default", "split", "warps=4,split=true,per_sm=3,stages=5,joint=true")
+    args = arguments("--backward", "plain", "split", "warps=4,split=true,per_sm=3,stages=5,joint=true")
     found = bench.schedules_of(args, 24, "backward")
-    assert next(iter(found.values())) == backward_candidates(24)["default"]
+    assert next(iter(found.values())) == backward_candidates(24)["plain"]
     assert list(found.values())[2] == BackwardSchedule(4, True, 3, stages=5, joint=True)
     assert bench.schedules_of(args, 24, "forward") == forward_candidates(24)
     for text in ("nothing", "warps=4,joint=true", "warps=x", "warps=4,stages=2"):
@@ -88,14 +89,28 @@ def test_schedules_by_fields() -> None:
             arguments("--forward", text)
 
 
-def test_fastest_and_table() -> None:
-    """The schedule that is fastest over all sizes, unless it failed at one; as an expression that makes it."""
+def test_the_shipped_schedule_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its candidate's name, or apart where it is no candidate; and wherever it is asked for."""
+    assert bench.schedules_of(arguments("--backward", "shipped"), 24, "kernel") == {
+        "shipped": norm_kernel.backward_schedule(24)
+    }
+    assert "shipped" not in bench.schedules_of(arguments(), 2560, "backward")
+    other = ForwardSchedule(2, early=True, streaming=True)
+    monkeypatch.setitem(norm_kernel.FORWARD, 24, other)
+    assert bench.schedules_of(arguments(), 24, "first") == {"shipped": other, **forward_candidates(24)}
+    assert bench.schedules_of(arguments("--forward", "plain", "shipped"), 24, "forward")["shipped"] is other
+
+
+def test_fastest_and_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule that is fastest over all sizes, unless it failed at one; as an expression that makes it, beside the
+    shipped one, whatever that is called."""
     schedules = {
-        "default": ForwardSchedule(8),
+        "plain": ForwardSchedule(8),
+        "own": ForwardSchedule(2),
         "good": ForwardSchedule(1, split=True, early=True),
         "failing": ForwardSchedule(4),
     }
-    times = {"default": 20.0, "good": 10.0, "failing": 1.0, "copy": 9.0}
+    times = {"plain": 40.0, "own": 20.0, "good": 10.0, "failing": 1.0, "copy": 9.0}
     results = []
     for name, us in times.items():
         schedule = dataclasses.asdict(schedules[name]) if name in schedules else None
@@ -105,11 +120,12 @@ def test_fastest_and_table() -> None:
                 bench.Result(name, "layernorm", 2560, tokens, direction, schedule, us, us, us, 5.0, error)
                 for direction in ("forward", "first")
             ]
-    (line,) = bench.fastest(results)
-    assert (
-        line
-        == "FORWARD[2560] = ForwardSchedule(warps=1, split=True, early=True)  # good, 2.00 times the default's speed"
-    )
+    made = "FORWARD[2560] = ForwardSchedule(warps=1, split=True, early=True)  # good"
+    assert bench.fastest(results) == [made]
+    monkeypatch.setitem(norm_kernel.FORWARD, 2560, schedules["own"])
+    assert bench.fastest(results) == [f"{made}, 2.00 times the speed of the shipped own"]
+    monkeypatch.setitem(norm_kernel.FORWARD, 2560, schedules["good"])
+    assert bench.fastest(results) == [f"{made}, 1.00 times the speed of the shipped good"]
     console = Console(width=120)
     with console.capture() as capture:
         console.print(bench.table_of(results))

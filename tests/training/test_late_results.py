@@ -85,11 +85,6 @@ def test_a_step_is_read_once() -> None:
     assert calls == [[1.0, 2.0, 3.0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In the engine
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def clipping(stage: int, precision: Precision) -> RunConfig:
     """Some steps clip and some don't."""
     config = config_of(stage, precision)
@@ -263,10 +258,6 @@ def test_one_rank_averages_nothing_and_loops_over_nothing(
     assert train(one, 0, 3) == expected
     assert equal(state_of(one), state_of(plain))
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# On a GPU
-# ---------------------------------------------------------------------------------------------------------------
 
 GPU_RUN = """
 import json, sys, torch

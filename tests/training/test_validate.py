@@ -42,6 +42,30 @@ def test_problem_is_named(overrides: list[str], words: list[str]) -> None:
     assert any(all(word in problem for word in words) for problem in problems), problems
 
 
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "wrong"),
+    [
+        (["engine=zero3"], 1, False),
+        (["engine=zero3"], 2, True),
+        (["engine=zero3", "engine.lean_zero3=off"], 1, True),
+        (["engine=zero1"], 2, False),
+        (["engine=zero1", "engine.precision=fp32"], 2, True),
+    ],
+)
+def test_fused_weight_gradients_depend_on_ranks(overrides: list[str], world_size: int, wrong: bool) -> None:
+    """Said before a corpus is prepared, not when the engine is built."""
+    given = ["engine.precision=bf16", *overrides, "engine.fuse_weight_gradients=on"]
+    problems = list(find_problems(compose(given), world_size))
+    assert len(problems) == wrong
+    assert all(re.match(r"engine\.fuse_weight_gradients=on: .*=auto or off", problem) for problem in problems)
+
+
+def test_a_toggle_that_others_ask_for_is_named_once() -> None:
+    given = ["engine=zero3", "engine.precision=bf16", "engine.offload_params=true", "optim.fused_step=on"]
+    problems = list(find_problems(compose([*given, "engine.lean_zero3=on"]), world_size=1))
+    assert [p.split(":")[0] for p in problems] == ["engine.lean_zero3=on"]
+
+
 @CPU_ONLY
 @pytest.mark.parametrize(
     "override", ["hardware.device=cuda", "model.attention=flash", "model.attention=flash1", "engine.precision=fp16"]
