@@ -126,8 +126,8 @@ def test_sections_on_hopper() -> None:
     ("width", "keys", "left", "right", "block_m"),
     [
         (64, 512, False, False, 192),
-        (64, 4095, False, True, 128),
-        (64, 4096, False, True, 192),
+        (64, 2048, False, True, 128),
+        (64, 2049, False, True, 192),
         (64, 8192, True, True, 128),
         (64, 8192, True, False, 128),
         (128, 16384, False, False, 128),

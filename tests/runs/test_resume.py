@@ -27,11 +27,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("engine", "processes"), [("zero0", 1), ("zero2", 1), ("zero0", 2), ("zero2", 2)])
 def test_killed_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, engine: str, processes: int) -> None:
-    settings = [f"engine={engine}", "model.dropout=0.1"]
+    settings = [f"engine={engine}", "model.dropout=0.1", "train.steps=16"]  # a busy machine is late to kill
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs.run(*settings, f"run_dir={whole}", processes=processes)
     runs.interrupt(lambda: len(rows(killed)) >= 5, signal.SIGKILL, *settings, f"run_dir={killed}", processes=processes)
-    assert len(rows(killed)) < 8, "the run was over before it was killed"
+    assert len(rows(killed)) < 16, "the run was over before it was killed"
     result = runs.run(*settings, f"run_dir={killed}", processes=processes)
     assert "Going on from" in result.stdout
     assert_equal_runs(whole, killed)
