@@ -15,7 +15,7 @@ from tests.training.conftest import Build, make_engine, run_config, train
 from training import backend, distributed, engine
 from training.backend import should_be_lean
 from training.reduction import ShardedSums, in_rows
-from training.zero import LeanStage3, Stage3
+from training.zero import GATHER_STREAM, LeanStage3, Stage3
 
 SHAPES = ((7, 5), (4,), (61, 3), (1,), (2, 2))
 MICRO_BATCHES = 3
@@ -119,6 +119,46 @@ def test_parameters_of_one_rank_are_what_the_optimizer_updates(build: Build) -> 
     train(one, 3, 5)
     assert [p.data_ptr() for p in one.module.parameters()] == places
     assert {p.untyped_storage().data_ptr() for p in one.module.parameters()} == set(flats)
+
+
+class Waits:
+    """A stream that notes which other it was told to wait for."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order = name, order
+
+    def wait_stream(self, other: Waits) -> None:
+        self.order.append(f"{self.name} waits for {other.name}")
+
+
+def order_of_a_step() -> list[str]:
+    """What a step of two ranks does, in order, to the streams that compute and gather, and between."""
+    own = distributed.init(Device.cpu, timeout_minutes=5)
+    one = make_engine(config_of(Precision.bf16, Toggle.on), own)
+    assert isinstance(one.partition, LeanStage3)
+    order: list[str] = []
+    update = one.partition.update
+
+    def noted(*arguments: Any) -> None:
+        order.append("update")
+        update(*arguments)
+
+    one.partition.update = noted  # type: ignore[method-assign]
+    setattr(one.partition.wrapper.parameter_offload, GATHER_STREAM, Waits("gathering", order))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_stream", lambda *_: Waits("computing", order))
+        train(one, 0, 1)
+    one.close()
+    own.close()
+    return order
+
+
+def test_update_and_gathers_wait_for_each_other() -> None:
+    """DeepSpeed gathers on a stream of its own, and waits for the device between an update and the next gather."""
+    order = on_ranks(2, order_of_a_step)[0]
+    assert order[0] == "computing waits for gathering"
+    assert order[-1] == "gathering waits for computing"
+    assert set(order[1:-1]) == {"update"}
 
 
 def test_where_it_is_possible(build: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
