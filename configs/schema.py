@@ -444,7 +444,7 @@ class CompareConfig:
     attention: list[Attention] = field(
         default_factory=lambda: [Attention.standard, Attention.flash1, Attention.sdpa, Attention.flash]
     )
-    """Implementations to train with, one after the other; the first is what speed-ups are relative to."""
+    """Implementations to train with, one after the other. Speed-ups are relative to `standard`, else to the first."""
     steps: int = 30
     """Optimizer steps each; the first third is warm-up and not measured."""
     paper: bool = False

@@ -189,14 +189,18 @@ def compare(work: Comparison, name: str, overrides: list[str], folder: Path) -> 
 def arranged(rows: Sequence[Row], kinds: Sequence[Attention]) -> list[Row]:
     """The rows setting by setting, implementations as in `kinds`, others of earlier calls last.
 
-    Speed-ups are relative to the first that fits.
+    Speed-ups are relative to standard attention, where that is among them and fits, else to the first that fits.
     """
     order = {kind.value: place for place, kind in enumerate(kinds)}
     settings = list(dict.fromkeys([*PAPER_TFLOPS, *(row.setting for row in rows)]))
+    rows = sorted(rows, key=lambda r: (settings.index(r.setting), order.get(r.attention, len(order))))
+    base: dict[str, float] = {}
+    for row in sorted(rows, key=lambda r: r.attention != Attention.standard):
+        if row.tokens_per_s:
+            base.setdefault(row.setting, row.tokens_per_s)
     result: list[Row] = []
-    for row in sorted(rows, key=lambda r: (settings.index(r.setting), order.get(r.attention, len(order)))):
-        alike = [r.tokens_per_s for r in [*result, row] if r.setting == row.setting and r.tokens_per_s]
-        speedup = row.tokens_per_s / alike[0] if row.tokens_per_s and alike else None
+    for row in rows:
+        speedup = row.tokens_per_s / base[row.setting] if row.tokens_per_s else None
         result.append(replace(row, speedup=speedup, paper_tflops=PAPER_TFLOPS.get(row.setting, {}).get(row.attention)))
     return result
 

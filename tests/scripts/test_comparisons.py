@@ -123,6 +123,20 @@ def test_what_fits_nowhere_is_a_row_too(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert len(work.no_room) == 8
 
 
+def test_speedups_are_over_standard_wherever_it_stands() -> None:
+    def rows(*speeds: tuple[str, float | None]) -> list[float | None]:
+        given = [
+            compare_attention.Row("x", kind, 1, False, fits=speed is not None, tokens_per_s=speed)
+            for kind, speed in speeds
+        ]
+        kinds = [Attention(kind) for kind, _ in speeds]
+        return [row.speedup for row in compare_attention.arranged(given, kinds)]
+
+    assert rows(("flash", 30.0), ("standard", 10.0)) == [3.0, 1.0]
+    assert rows(("flash", 30.0), ("standard", None), ("sdpa", 15.0)) == [1.0, None, 0.5]
+    assert rows(("standard", None), ("flash", None)) == [None, None]
+
+
 def test_what_cannot_fit_by_far_is_not_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """2.7B at 8,192 tokens on 80 GB: scores of 32 layers are 86 GB and states 43 GB, so only recomputed blocks may."""
     tried: list[Sequence[str]] = []
