@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -115,7 +116,7 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
                 ]
                 if line:  # cells come in the order of the grid, documents after what they are compared with
                     ax.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name)
-            ax.set_xscale("log", base=2)
+            label_lengths(ax, sorted({r.seqlen for r in results if kind(r) == panel}))
             ax.set_ylim(bottom=0)
             ax.set_title(f"{direction}, {panel}", fontsize=9)
             ax.set_xlabel("longest document" if panel.endswith("documents") else "sequence length")
@@ -126,6 +127,13 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def label_lengths(ax: Any, seqlens: Sequence[int]) -> None:
+    """A logarithmic x-axis with the lengths that were measured: 512, 1k, 2k."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(seqlens, [f"{s // 1024}k" if s % 1024 == 0 else str(s) for s in seqlens])
+    ax.minorticks_off()
 
 
 def memory_table(results: Sequence[MemoryResult]) -> Table:
@@ -158,7 +166,7 @@ def plot_memory(results: Sequence[MemoryResult], path: Path, title: str) -> None
         mine = sorted((r for r in results if r.implementation == name), key=lambda r: r.seqlen)
         mib = [(r.saved_bytes if r.peak_bytes is None else r.peak_bytes) / 2**20 for r in mine]
         ax.plot([r.seqlen for r in mine], mib, marker="o", markersize=3, label=name)
-    ax.set_xscale("log", base=2)
+    label_lengths(ax, sorted({r.seqlen for r in results}))
     ax.set_yscale("log", base=2)
     ax.set_xlabel("sequence length, one sequence")
     peak = all(r.peak_bytes is not None for r in results)

@@ -69,7 +69,7 @@ def draw_bars(
 
     series = list(dict.fromkeys(name for group in values.values() for name in group))
     width = 0.8 / max(len(series), 1)
-    figure = Figure(figsize=(max(6.0, 1.2 * len(series) * len(values) + 2), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 0.6 * len(series) * len(values) + 2), 4.2), layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(series):
         present = [(g, group) for g, group in enumerate(values) if name in values[group]]
