@@ -11,6 +11,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from training.checkpoint import CheckpointError
 from training.differences import ABSENT, compare_configs
 from training.distributed import Processes
 from training.engine import Engine
+from training.resume import resume
+from training.run import RunFolder
 from training.state import TrainState
 
 LAYOUTS: list[tuple[int, dict[str, bool]]] = [
@@ -237,6 +240,18 @@ def test_another_model_or_tokenizer(build: Build, saved: tuple[Path, dict[str, t
     with pytest.raises(CheckpointError, match=r"another tokenizer \(abc, now def\)"):
         checkpoint.load(one, folder, tokenizer_hash="def")
     assert checkpoint.load(one, folder, tokenizer_hash="abc") is not None
+
+
+def test_wandbs_run_stays_with_its_folder(build: Build, tmp_path: Path) -> None:
+    """A run that begins from another's checkpoint must not write into that one's curves."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    one = build()
+    checkpoint.save(one, TrainState(step=1, wandb_id="abcd1234"), first.checkpoints, tokenizer_hash="abc")
+    corpus: Any = SimpleNamespace(tokenizer_hash="abc", content_hash="def")
+    terminal: Any = SimpleNamespace(warn=lambda text: None, say=lambda text: None)
+    one.config.resume = str(first.path)
+    assert resume(one, one.config, second, corpus, terminal).wandb_id is None
+    assert resume(one, one.config, first, corpus, terminal).wandb_id == "abcd1234"
 
 
 def test_saving_what_is_already_there(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
