@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import random
 import re
 import resource
@@ -348,6 +349,25 @@ def test_what_is_kept(build: Build, tmp_path: Path) -> None:
 
 
 # Contents
+
+
+def test_an_old_one_that_cannot_be_deleted_ends_nothing(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS while somebody reads it: neither the save that replaces it fails, nor any later one."""
+    remove = shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if ".old" in path.name:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    one = build()
+    for step in (1, 2, 3):
+        save(one, tmp_path, step, keep_last=1)
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["step_00000003"]
+    assert "step_00000001.old.tmp can't be deleted: Directory not empty" in caplog.text
 
 
 def test_files_are_safetensors_and_json(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
