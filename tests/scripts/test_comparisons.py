@@ -220,6 +220,9 @@ def test_comparison_of_other_conditions_starts_anew(
         assert f"comparison.json: {why}; moved to" in capsys.readouterr().out
         assert (tmp_path / "previous" / str(number + 1) / "comparison.json").exists()
     compared(monkeypatch, tmp_path, *paper)
+    monkeypatch.setenv("FLASH_ATTN_PATH", "portable")  # trials inherit it
+    assert len(compared(monkeypatch, tmp_path, *paper)[1]) == 2
+    assert "other environment (FLASH_ATTN_PATH)" in capsys.readouterr().out
     monkeypatch.setattr("training.earlier.source_hash", lambda: "changed")
     rows, started = compared(monkeypatch, tmp_path, *paper)
     assert len(started) == 2
