@@ -427,7 +427,8 @@ class RunConfig:
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint of the run folder, if any. never: start anew, moving what
     is there aside.
-    Else the path of a checkpoint, or of a run folder, to go on from."""
+    Else the path of a checkpoint, or of a run folder, to go on from. The last two hold for a first start: when torchrun
+    or SLURM starts the run again, it goes on from its own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -219,6 +219,13 @@ def check(config: ScalingRunConfig) -> None:
         )
     if not config.scaling.world_sizes or min(config.scaling.world_sizes) < 1:
         raise UserError(f"scaling.world_sizes={config.scaling.world_sizes}: give numbers of processes from 1 on.")
+    for size in config.scaling.forecast:
+        ranks, batch = data_ranks(config.engine, size), global_batch(config, size)
+        if batch % ranks:  # strong scaling: trials of such sizes cost their own row, a forecast all that were measured
+            raise UserError(
+                f"scaling.forecast={config.scaling.forecast}: {size} processes can't share {batch} sequences a step; "
+                "give fewer processes, or a larger train.global_batch_size."
+            )
     on_gpu = torch.cuda.is_available() and config.hardware.device is not Device.cpu
     if on_gpu and max(config.scaling.world_sizes) > torch.cuda.device_count():
         raise UserError(

@@ -233,7 +233,16 @@ def prepare(temporary: Path) -> None:
 def remove_temporary(folder: Path) -> None:
     """Delete folders of saves and deletions that were interrupted."""
     for stale in folder.glob(f"{PREFIX}*{TEMPORARY}"):
-        shutil.rmtree(stale)
+        delete(stale)
+
+
+def delete(doomed: Path) -> None:
+    """Delete a folder that counts as no checkpoint, or say that it stays: that is no reason to end a run. NFS keeps a
+    folder as long as another process reads a file of it."""
+    try:
+        shutil.rmtree(doomed)
+    except OSError as error:
+        LOG.warning(f"{doomed} can't be deleted: {error.strerror or error}")
 
 
 def write_share(taken: Snapshot, temporary: Path, rank: int, progress: Callable[[], None] | None = None) -> Shard:
@@ -263,7 +272,7 @@ def discard(checkpoint: Path) -> None:
     """Delete a checkpoint; interrupted, it leaves a folder that doesn't count as one."""
     doomed = checkpoint.with_name(f"{checkpoint.name}.old{TEMPORARY}")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    delete(doomed)
 
 
 def rotate(folder: Path, step: int, keep_last: int, keep_every: int) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -174,6 +176,19 @@ def detect_launch(environment: Mapping[str, str]) -> Launch | None:
             address=f"tcp://{host}:{port}",
         )
     return None
+
+
+def start_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """By what a start that a launcher makes of itself, with the command of the first one, is known (`is_restart` of
+    `training.run`): torchrun's process, and the SLURM job with how often it was queued again. Empty without either."""
+    found: dict[str, str] = {}
+    if "TORCHELASTIC_RUN_ID" in environment:
+        agent = psutil.Process(os.getppid())
+        found["torchrun"] = f"{socket.gethostname()} {agent.pid} {agent.create_time()}"
+    if "SLURM_JOB_ID" in environment:
+        found["slurm_job"] = environment["SLURM_JOB_ID"]
+        found["slurm_restarts"] = environment.get("SLURM_RESTART_COUNT", "0")
+    return found
 
 
 def first_node(nodes: str) -> str:

@@ -1,13 +1,15 @@
 """Reports that grow over several calls of a tool: what an earlier call measured under the same conditions stays.
 
-Conditions are the device's name, the versions, the source that a trial runs, and what the command line says of the
-trials. Where they differ, or with `resume=never`, the earlier report moves to `previous/<n>/` and the tool starts anew.
+Conditions are the device's name, the versions, the source that a trial runs, and what the command line and the
+environment say of the trials. Where they differ, or with `resume=never`, the earlier report moves to `previous/<n>/`
+and the tool starts anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +26,8 @@ SOURCES = ("configs", "data", "kernels", "model", "training")
 """Packages that a trial runs, beside train.py."""
 OF_THE_MACHINE = ("device", "python", "versions", "cuda")
 """Keys of `training.report.about` that a measurement depends on."""
+VARIABLES = ("FLASH_ATTN_PATH", "OMP_NUM_THREADS")
+"""Of the environment, which trials inherit: the path of the attention kernels, and a CPU's threads."""
 NO_MATTER = ("logging.", "name=", "resume=", "run_dir=", "engine.timeout_minutes=")
 """Overrides that don't change what a trial measures."""
 
@@ -40,7 +44,14 @@ def conditions(facts: Mapping[str, Any], overrides: Sequence[str], **settings: A
     """
     given = dict(text.partition("=")[::2] for text in overrides if not text.startswith(NO_MATTER))
     machine = {key: facts[key] for key in OF_THE_MACHINE}
-    return {**machine, "source": source_hash(), "overrides": dict(sorted(given.items())), **settings}
+    variables = {name: os.environ.get(name) for name in VARIABLES}
+    return {
+        **machine,
+        "environment": variables,
+        "source": source_hash(),
+        "overrides": dict(sorted(given.items())),
+        **settings,
+    }
 
 
 def source_hash() -> str:

@@ -37,10 +37,20 @@ def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
     return path
 
 
+def on_restart(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The config of a run that its launcher starts again: `resume` says where the first start begins, and the later
+    ones go on from what the run has saved since, if it has."""
+    pointer = folder.checkpoints / checkpoint.POINTER
+    saved = pointer.is_file() and pointer.stat().st_mtime_ns > folder.start.stat().st_mtime_ns
+    return replace(config, resume="auto") if saved else config
+
+
 def resume(
     engine: Engine, config: RunConfig, folder: RunFolder, corpus: PreparedData, terminal: Terminal
 ) -> TrainState:
     """Load what `resume` says into the engine; the state to go on with, a new one if there is nothing. Collective.
+
+    A run that begins from another's checkpoint is one of its own in wandb.
 
     Tells whether the corpus is another one, which checkpoints were damaged, and which keys differ from those the
     checkpoint was trained with. Raises `CheckpointError` or `UserError` if there is something but it can't be used.
@@ -61,7 +71,8 @@ def resume(
             "the corpus differs from the one of the checkpoint: its position, "
             f"{loaded.state.consumed_samples:,} samples, now means other text"
         )
-    return replace(loaded.state, corpus_hash=corpus.content_hash)
+    own = folder.path.resolve() in loaded.path.resolve().parents
+    return replace(loaded.state, corpus_hash=corpus.content_hash, wandb_id=loaded.state.wandb_id if own else None)
 
 
 def report_differences(differences: list[Difference], terminal: Terminal) -> None:

@@ -7,14 +7,16 @@ runs/<name>/
   checkpoints/     step_XXXXXXXX/ and the pointer `latest`
   wandb/           wandb's own files
   run.log          everything that libraries said, and tracebacks
+  .start           the launcher's first start of the run; see `is_restart`
   previous/N/      what `resume=never` found here and moved aside
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,11 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "run.log"
 
+    @property
+    def start(self) -> Path:
+        """The launcher's names for the first of the starts that it makes of a run; see `is_restart`."""
+        return self.path / ".start"
+
 
 def run_folder(config: RunConfig) -> RunFolder:
     """The folder that `run_dir` or `name` says, as an absolute path."""
@@ -72,10 +79,12 @@ def run_folder(config: RunConfig) -> RunFolder:
 
 
 @contextmanager
-def claim(folder: RunFolder, resume: str) -> Iterator[None]:
+def claim(folder: RunFolder, resume: str, start: Mapping[str, str] | None = None) -> Iterator[bool]:
     """Make the folder and hold it against other processes; with `resume=never` move an earlier run aside first.
 
-    Only the first rank calls this. Raises `UserError` where the folder can't be written or another run holds it.
+    `start`: `training.distributed.start_of`. Gives whether a launcher starts again the run that is here: then it isn't
+    an earlier one. Only the first rank calls this. Raises `UserError` where the folder can't be written or another run
+    holds it.
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -94,9 +103,25 @@ def claim(folder: RunFolder, resume: str) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        if resume == "never":
+        again = is_restart(folder, start or {})
+        if resume == "never" and not again:
             move_aside(folder)
-        yield
+        if not again:
+            folder.start.write_text(json.dumps(dict(start or {})))
+        yield again
+
+
+def is_restart(folder: RunFolder, start: Mapping[str, str]) -> bool:
+    """Whether the launcher of `start` has started the run in the folder before: the same torchrun, or the same SLURM
+    job before it was queued again."""
+    try:
+        first = json.loads(folder.start.read_text())
+    except (OSError, ValueError):  # no start yet, or a kill while it was noted
+        return False
+    if "torchrun" in start and start["torchrun"] == first.get("torchrun"):
+        return True
+    same_job = "slurm_job" in start and start["slurm_job"] == first.get("slurm_job")
+    return same_job and start["slurm_restarts"] != first.get("slurm_restarts")
 
 
 def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from training import distributed
 from training.console import Terminal, open_terminal
 from training.distributed import Processes
 from training.interrupts import Interrupts
+from training.resume import on_restart
 from training.rng import make_deterministic
 from training.run import RunFolder, claim, run_folder, write_config
 from training.validate import validate
@@ -55,9 +57,10 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         validate(config, processes.world_size)
         folder = run_folder(config)
         if processes.is_main:
-            stack.enter_context(claim(folder, config.resume))
+            again = stack.enter_context(claim(folder, config.resume, distributed.start_of(os.environ)))
             write_config(folder, config)
-        processes.barrier()  # the folder is there, and an earlier run is out of the way
+            config = on_restart(config, folder) if again else config
+        config = processes.broadcast(config)  # by now the folder is there, and an earlier run is out of the way
         terminal = stack.enter_context(open_terminal(folder.log, processes.rank))
         any_rank = processes.any if processes.world_size > 1 else None
         interrupts = stack.enter_context(Interrupts(any_rank, terminal.say, last=True))

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,18 @@ class Runs:
         return [*launcher, str(ROOT / "train.py"), *self.overrides, *overrides]
 
     def run(
-        self, *overrides: str, processes: int = 1, code: int | None = 0, cwd: Path | None = None
+        self,
+        *overrides: str,
+        processes: int = 1,
+        code: int | None = 0,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run to the end; checks the exit code unless it is None."""
         result = subprocess.run(
             self.command(*overrides, processes=processes),
             cwd=cwd or ROOT,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | dict(environment or {}),
             capture_output=True,
             text=True,
             timeout=300,

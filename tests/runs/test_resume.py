@@ -115,6 +115,19 @@ def test_resume_from_another_run(runs: Runs, tmp_path: Path) -> None:
     assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 6}
 
 
+def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoint(runs: Runs, tmp_path: Path) -> None:
+    """And not from the other run's, where it began."""
+    first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
+    steady = "optim.schedule=constant"
+    runs.run(f"run_dir={first}", "train.steps=2", steady)
+    job = {"SLURM_JOB_ID": "7"}
+    runs.run(f"run_dir={second}", f"resume={first}", "train.steps=4", steady, environment=job)
+    again = runs.run(f"run_dir={second}", f"resume={first}", steady, environment=job | {"SLURM_RESTART_COUNT": "1"})
+    assert "second/checkpoints/step_00000004, 4 steps done" in again.stdout.replace("\n", "")
+    runs.run(f"run_dir={whole}", steady)
+    assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 2}
+
+
 def test_changed_keys_are_reported(runs: Runs, tmp_path: Path) -> None:
     runs.run(f"run_dir={tmp_path}", "train.steps=3")
     result = runs.run(f"run_dir={tmp_path}", "train.steps=4", "optim.lr=1e-4", "train.log_every=2")

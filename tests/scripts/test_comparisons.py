@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,6 +234,9 @@ def test_comparison_of_other_conditions_starts_anew(
         assert f"comparison.json: {why}; moved to" in capsys.readouterr().out
         assert (tmp_path / "previous" / str(number + 1) / "comparison.json").exists()
     compared(monkeypatch, tmp_path, *paper)
+    monkeypatch.setenv("FLASH_ATTN_PATH", "portable")  # trials inherit it
+    assert len(compared(monkeypatch, tmp_path, *paper)[1]) == 2
+    assert "other environment (FLASH_ATTN_PATH)" in capsys.readouterr().out
     monkeypatch.setattr("training.earlier.source_hash", lambda: "changed")
     rows, started = compared(monkeypatch, tmp_path, *paper)
     assert len(started) == 2
@@ -436,3 +440,16 @@ def test_scaling_refuses_an_engine_that_is_not_there(tmp_path: Path) -> None:
         scaling.check(replace(config, scaling=alone))
     with pytest.raises(UserError, match="world_sizes"):
         scaling.check(replace(config, scaling=replace(config.scaling, engines=["zero1"], world_sizes=[])))
+
+
+def test_scaling_refuses_to_forecast_more_ranks_than_sequences() -> None:
+    """Before the trials, not when they are done."""
+    from configs import compose
+    from configs.schema import ScalingRunConfig
+
+    given = ["train.global_batch_size=16", "scaling.world_sizes=[1,2]", "scaling.forecast=[16,64]"]
+    for strong in (True, False):
+        config = compose([*given, f"scaling.strong={str(strong).lower()}"], "scaling")
+        assert isinstance(config, ScalingRunConfig)
+        with pytest.raises(UserError, match="64 processes can't share 16") if strong else nullcontext():
+            scaling.check(config)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import random
 import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from training.checkpoint import CheckpointError
 from training.differences import ABSENT, compare_configs
 from training.distributed import Processes
 from training.engine import Engine
+from training.resume import resume
+from training.run import RunFolder
 from training.state import TrainState
 
 LAYOUTS: list[tuple[int, dict[str, bool]]] = [
@@ -239,6 +243,18 @@ def test_another_model_or_tokenizer(build: Build, saved: tuple[Path, dict[str, t
     assert checkpoint.load(one, folder, tokenizer_hash="abc") is not None
 
 
+def test_wandbs_run_stays_with_its_folder(build: Build, tmp_path: Path) -> None:
+    """A run that begins from another's checkpoint must not write into that one's curves."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    one = build()
+    checkpoint.save(one, TrainState(step=1, wandb_id="abcd1234"), first.checkpoints, tokenizer_hash="abc")
+    corpus: Any = SimpleNamespace(tokenizer_hash="abc", content_hash="def")
+    terminal: Any = SimpleNamespace(warn=lambda text: None, say=lambda text: None)
+    one.config.resume = str(first.path)
+    assert resume(one, one.config, second, corpus, terminal).wandb_id is None
+    assert resume(one, one.config, first, corpus, terminal).wandb_id == "abcd1234"
+
+
 def test_saving_what_is_already_there(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = saved
     truncate(folder / "step_00000002" / SHARD)
@@ -333,6 +349,25 @@ def test_what_is_kept(build: Build, tmp_path: Path) -> None:
 
 
 # Contents
+
+
+def test_an_old_one_that_cannot_be_deleted_ends_nothing(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS while somebody reads it: neither the save that replaces it fails, nor any later one."""
+    remove = shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if ".old" in path.name:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    one = build()
+    for step in (1, 2, 3):
+        save(one, tmp_path, step, keep_last=1)
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["step_00000003"]
+    assert "step_00000001.old.tmp can't be deleted: Directory not empty" in caplog.text
 
 
 def test_files_are_safetensors_and_json(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:

@@ -11,6 +11,8 @@ import yaml
 
 from configs import compose
 from configs.errors import UserError
+from training.distributed import start_of
+from training.resume import on_restart
 from training.run import RunFolder, claim, move_aside, run_folder, write_config
 
 
@@ -72,6 +74,57 @@ def test_auto_leaves_an_earlier_run_alone(tmp_path: Path) -> None:
     folder.checkpoints.mkdir()
     with claim(folder, "auto"):
         assert folder.checkpoints.exists()
+
+
+def slurm(restarts: int, job: str = "7") -> dict[str, str]:
+    counted = {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+    return start_of({"SLURM_JOB_ID": job, **counted})
+
+
+def save(folder: RunFolder) -> None:
+    """What matters here of a checkpoint."""
+    folder.checkpoints.mkdir(exist_ok=True)
+    (folder.checkpoints / "latest").write_text("step_00000001\n")
+
+
+@pytest.mark.parametrize("resume", ["never", "some/where"])
+def test_a_launcher_that_starts_a_run_again_goes_on(tmp_path: Path, resume: str) -> None:
+    """The command is the same, and would begin anew, or again from the other run, each time."""
+    folder, config = RunFolder(tmp_path), compose([f"resume={resume}"])
+    save(folder)  # an earlier run's
+    with claim(folder, resume, slurm(0)) as again:
+        assert not again
+    for restarts in (1, 2):
+        with claim(folder, resume, slurm(restarts)) as again:
+            assert again
+            if restarts == 1:
+                assert on_restart(config, folder).resume == resume  # it has saved nothing yet
+                time.sleep(0.02)  # a file system's clock may be this coarse
+                save(folder)
+            assert on_restart(config, folder).resume == "auto"
+            assert folder.checkpoints.exists()
+    for other in (slurm(2, job="8"), {}):
+        with claim(folder, resume, other) as again:
+            assert not again
+        assert folder.checkpoints.exists() is (resume != "never")
+
+
+def test_torchruns_restarts_are_known_by_its_process(tmp_path: Path) -> None:
+    """Whatever it counts: after the loss of another node it counts none."""
+    folder, start = RunFolder(tmp_path), start_of({"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"})
+    assert str(os.getppid()) in start["torchrun"]
+    for again in (False, True):
+        with claim(folder, "never", start) as known:
+            assert known is again
+    with claim(folder, "never", {"torchrun": "another"}) as known:
+        assert not known
+
+
+def test_the_same_job_may_start_anew_as_often_as_it_likes(tmp_path: Path) -> None:
+    """A command given twice in one allocation is no restart."""
+    for _ in range(2):
+        with claim(RunFolder(tmp_path), "never", slurm(1)) as again:
+            assert not again
 
 
 def test_config_is_written_resolved(tmp_path: Path) -> None:
