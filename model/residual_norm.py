@@ -57,17 +57,13 @@ class _AddNorm(torch.autograd.Function):
         d_x, parts = torch.ops.flashtrain.add_norm_backward(
             *rows, weight, stats, ctx.has_bias, ctx.shift_sum is not None
         )
-        if ctx.shift_sum is not None:
-            ctx.shift_sum.add_(parts[-1].sum(0))
         d_x = d_x.view(total.shape)
-        sums = (ctx.weight_sum, ctx.bias_sum)
         d_parameters: list[Tensor | None] = [None, None]
-        for index in range(2 if ctx.has_bias else 1):
-            gradient, into = parts[index].sum(0), sums[index]  # (E,) fp32
-            if into is None:
-                d_parameters[index] = gradient.to(weight.dtype)
-            else:
-                into.add_(gradient)
+        if ctx.weight_sum is not None:
+            torch.ops.flashtrain.add_parts_(parts, ctx.weight_sum, ctx.bias_sum, ctx.shift_sum)
+        else:
+            for index in range(2 if ctx.has_bias else 1):
+                d_parameters[index] = parts[index].sum(0).to(weight.dtype)  # (E,)
         return d_x, d_x if ctx.has_f else None, *d_parameters, None, None, None, None, None
 
 
