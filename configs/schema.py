@@ -183,8 +183,9 @@ class ModelConfig:
     fused: Toggle = Toggle.auto
     """Our Triton kernel for the softmax of the loss. auto: on CUDA. off: PyTorch operations, as on a CPU."""
     fused_norms: Toggle = Toggle.auto
-    """Our Triton kernels for a block's norms with the residual sums around them. auto: on CUDA. off: PyTorch
-    operations, which `engine.compile` fuses in part."""
+    """Our Triton kernels for the norms with the residual sums around them, which with `engine.fuse_weight_gradients`
+    also sum the gradients of the biases before them. auto: on CUDA. off: PyTorch operations, which `engine.compile`
+    fuses in part."""
 
 
 @dataclass

@@ -4,7 +4,8 @@ Over the micro-batches of a step, a linear layer Y = X·Wᵀ + b needs ΣdYᵀ·
 product is written in the weights' dtype, widened, and added to the optimizer's buffer: with bf16 weights 2 bytes a
 weight to write it, 6 to widen it, 12 to add it. A matrix product can add to what its output holds, which here is the
 buffer itself: 8 bytes, inside the product and hidden behind its arithmetic. The terms also skip their rounding to bf16,
-so the sum is nearer to the exact one. The bias's gradient goes the same way: its sum over tokens is added in place.
+so the sum is nearer to the exact one. The bias's gradient goes the same way: its sum over tokens is added in place, or
+is left to the norm that follows (`model.residual_norm`).
 
 An embedding's gradient has a row a token. Autograd makes a table of it, zero but for these rows, to be widened and
 added whole; here the rows alone are added to the buffer.
@@ -110,11 +111,15 @@ def summed_embedding(tokens: Tensor, weight: Tensor, weight_sum: Tensor) -> Tens
 
 
 class SumsGradients:
-    """Mixin of the modules that can: `weight_sum` and `bias_sum` are where, None while autograd does it."""
+    """Mixin of the modules that can: `weight_sum` and `bias_sum` are where, None while autograd does it. With a
+    `weight_sum` and no `bias_sum` another module sums the bias's gradient."""
 
     weight: nn.Parameter
     weight_sum: Tensor | None = None
     bias_sum: Tensor | None = None
+
+    def release_sums(self) -> None:
+        self.weight_sum = self.bias_sum = None
 
 
 def bind_sums(model: nn.Module, sums: Mapping[nn.Parameter, Tensor]) -> None:
@@ -134,4 +139,4 @@ def release_sums(model: nn.Module) -> None:
     """Undo `bind_sums`."""
     for module in model.modules():
         if isinstance(module, SumsGradients):
-            module.weight_sum = module.bias_sum = None
+            module.release_sums()

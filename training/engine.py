@@ -28,7 +28,7 @@ from torch.optim import AdamW
 
 from configs.schema import OptimConfig, Precision, Recompute, RunConfig
 from model.sequence import own_part
-from model.weight_gradient import bind_sums, release_sums
+from model.weight_gradient import release_sums
 from training.backend import (
     DTYPES,
     check_engine,
@@ -295,7 +295,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     )
     sums = partition.sums()
     if fuse and sums:
-        bind_sums(model, sums)
+        model.bind_sums(sums)
     if isinstance(partition, Replicated):
         wrapped.zero_grad = lambda: None  # a loop over the parameters, whose gradients hooks have freed
     if processes.world_size == 1 and isinstance(partition, Replicated | Bf16Stage1):

@@ -279,6 +279,7 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("_add_norm_kernel", (), C.norms),
         ("_adamw_kernel", (), C.optimizer),
         ("_add_norm_backward_kernel", (), C.norms),
+        ("_add_parts_kernel", (), C.norms),
         ("triton_red_fused_sum_7", (), C.elementwise),
         ("triton_poi_fused__to_copy_t_9", (), C.copies),
         ("triton_poi_fused_cat_3", (), C.copies),
