@@ -203,12 +203,12 @@ def attention_dkdv(
     first, full_first, full_last, last = query_blocks(
         col, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    dk_base = head_base(DK, batch, head_k, start_k, stride_dkb, stride_dks, stride_dkh)
-    dv_base = head_base(DV, batch, head_k, start_k, stride_dvb, stride_dvs, stride_dvh)
     if HAS_DROPOUT:  # noqa: SIM102 (a constexpr)
         # Else LLVM may set the sums to zero between the test of an empty loop and the wait behind it, which serialises
         # wgmma (C7515): where values that the mask generator uses are wanted after the loop too
         if first >= last:
+            dk_base = head_base(DK, batch, head_k, start_k, stride_dkb, stride_dks, stride_dkh)
+            dv_base = head_base(DV, batch, head_k, start_k, stride_dvb, stride_dvs, stride_dvh)
             store_tile(dk_base, col, seqlen_k, stride_dks, dk, BLOCK_N, HEAD_DIM, BLOCK_D)
             store_tile(dv_base, col, seqlen_k, stride_dvs, dv, BLOCK_N, HEAD_DIM, BLOCK_D)
             return
@@ -251,6 +251,8 @@ def attention_dkdv(
             ds = p * (dp - delta[None, :]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[None, :])
             dk = dot(ds.to(q.dtype), q, dk)
 
+    dk_base = head_base(DK, batch, head_k, start_k, stride_dkb, stride_dks, stride_dkh)
+    dv_base = head_base(DV, batch, head_k, start_k, stride_dvb, stride_dvs, stride_dvh)
     store_tile(dk_base, col, seqlen_k, stride_dks, dk * softmax_scale, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_tile(dv_base, col, seqlen_k, stride_dvs, dv * keep_scale, BLOCK_N, HEAD_DIM, BLOCK_D)
 
@@ -355,9 +357,9 @@ def attention_dq(
     first, full_first, full_last, last = key_blocks(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    dq_base = head_base(DQ, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh)
     if HAS_DROPOUT:  # noqa: SIM102 (a constexpr)
         if first >= last:  # as in dK and dV
+            dq_base = head_base(DQ, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh)
             store_tile(dq_base, row, seqlen_q, stride_dqs, dq, BLOCK_M, HEAD_DIM, BLOCK_D)
             return
     rows = (row + tl.arange(0, BLOCK_M))[:, None]
@@ -379,4 +381,5 @@ def attention_dq(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None]) * cap_slope if HAS_SOFTCAP else p * (dp - delta[:, None])
         dq = dot(ds.to(k.dtype), k, dq)
+    dq_base = head_base(DQ, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh)
     store_tile(dq_base, row, seqlen_q, stride_dqs, dq * softmax_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
