@@ -607,6 +607,24 @@ def test_overlapping_kernels_are_dense_and_launched_so(monkeypatch: pytest.Monke
         assert "launch_pdl" not in plan.preprocess._options, "what ran before the backward has ended when it starts"
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "stores", "section"),
+    [(1023, 0, True, 13), (500, 523, True, 13), (4096, 0, False, 3), (1023, -1, False, 2), (-1, 0, False, 2)],
+)
+def test_windows_are_planned_as_short_rows(
+    left: int, right: int, stores: bool, section: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a query sees few keys of many, first key blocks store dQ, and many heads are walked side by side."""
+    monkeypatch.setattr(launch, "_num_sms", lambda _: 132)
+    q = torch.empty(1, 16384, 16, 128, dtype=torch.bfloat16, device="meta")
+    params = AttnParams(0.1, 16384, 16384, False, left, right)
+    lse = torch.empty(1, 16, 16384, device="meta")
+    plan = launch._plan_backward(q, q, q, q, q, lse, None, q, q, q, params, AttnExtras())
+    assert plan.main._fixed["FIRST_STORES"] == stores
+    assert (plan.turn_shape is not None) == stores
+    assert plan.main._fixed["section"] == section
+
+
 def test_unaddressable_tensors() -> None:
     base = torch.randn(4, 40, 2, 64).to(torch.bfloat16)
     assert launch.addressable(base)

@@ -261,13 +261,16 @@ def _plan_forward_launch(
         "wr": params.window_right,
         "num_m": triton.cdiv(call.seqlen_q, tile.block_m),
         "num_tiles": num_tiles,
-        "section": tuning.section_heads(
-            tuning.FORWARD_L2_BUDGET_BYTES,
-            4 * call.seqlen_k * call.width // group,
-            call.batch * call.num_heads,
-            triton.cdiv(call.seqlen_q, tile.block_m),
-            tile.ctas * _num_sms(q.device),
-            group,
+        "section": _section(
+            params,
+            budget_bytes=tuning.FORWARD_L2_BUDGET_BYTES,
+            row_bytes=4 * call.width,
+            seqlen=call.seqlen_k,
+            num_heads=call.batch * call.num_heads,
+            blocks_per_head=triton.cdiv(call.seqlen_q, tile.block_m),
+            block=tile.block_m,
+            in_flight=tile.ctas * _num_sms(q.device),
+            multiple=group,
         ),
         "Sq": call.seqlen_q,
         "Sk": call.seqlen_k,
@@ -294,6 +297,21 @@ def _plan_forward_launch(
     }
     num_programs = min(tile.ctas * _num_sms(q.device), num_tiles)
     return Launch(forward_kernel, num_programs, arguments, num_warps=4, enable_fp_fusion=True, **tile.options())
+
+
+def _section(
+    params: AttnParams, *, budget_bytes: int, row_bytes: int, seqlen: int, num_heads: int, blocks_per_head: int,
+    block: int, in_flight: int, multiple: int = 1,
+) -> int:  # fmt: skip
+    """Heads per section, where ``in_flight`` programs run, each a block of ``block`` rows that meets up to ``seqlen``
+    rows of ``row_bytes``, which ``multiple`` heads share."""
+    bytes_per_head = row_bytes * seqlen // multiple
+    section = tuning.section_heads(budget_bytes, bytes_per_head, num_heads, blocks_per_head, in_flight, multiple)
+    rows = tuning.keys_in_sight(seqlen, params.window_left, params.window_right) + block - 1
+    if rows >= seqlen:
+        return section
+    window = tuning.window_section_heads(budget_bytes, row_bytes, rows, num_heads, in_flight * block, multiple)
+    return max(section, window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +389,8 @@ def _plan_backward(
     columns = call.scratch_rows * call.padded
     scratch = _shaped(_scratch(columns, call.width, torch.device("meta")), call)
     tile = tuning.BACKWARD[call.width]
-    take_turns = params.deterministic or tile.stores_first(call.seqlen_k)
+    keys = tuning.keys_in_sight(call.seqlen_k, params.window_left, params.window_right)
+    take_turns = params.deterministic or tile.stores_first(keys)
     turn_shape = (call.scratch_rows, call.padded // tuning.SCRATCH_TILE) if take_turns else None
     turns = None if turn_shape is None else torch.empty(turn_shape, dtype=torch.int32, device="meta")
     block_n = tile.block_n
@@ -495,12 +514,15 @@ def _plan_main(
         "wr": params.window_right,
         "num_n": triton.cdiv(call.seqlen_k, block_n),
         "num_tiles": num_tiles,
-        "section": tuning.section_heads(
-            tile.l2_budget_mib * 2**20,
-            8 * call.seqlen_q * call.width * group,
-            call.batch * call.num_heads_k,
-            triton.cdiv(call.seqlen_k, block_n),
-            _num_sms(q.device),
+        "section": _section(
+            params,
+            budget_bytes=tile.l2_budget_mib * 2**20,
+            row_bytes=8 * call.width * group,
+            seqlen=call.seqlen_q,
+            num_heads=call.batch * call.num_heads_k,
+            blocks_per_head=triton.cdiv(call.seqlen_k, block_n),
+            block=block_n,
+            in_flight=_num_sms(q.device),
         ),
         "Sq": call.seqlen_q,
         "Sk": call.seqlen_k,

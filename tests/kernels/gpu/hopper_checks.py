@@ -63,6 +63,8 @@ def windows() -> Iterator[Check]:
     for (left, right), (sq, sk) in itertools.product(pairs, ((300, 300), (513, 700), (700, 513))):
         yield dense(Case(sq, sk, 64, dtype=BF16, options={"window_size": (left, right)}))
     yield dense(Case(2000, 2000, 128, dtype=BF16, options={"window_size": (256, 0)}))
+    for head_dim in (64, 128):  # more keys than FIRST_STORES_KEYS, fewer of them in sight
+        yield dense(Case(6000, 6000, head_dim, 4, 2, dtype=BF16, options={"window_size": (1023, 0)}))
 
 
 def heads_and_widths() -> Iterator[Check]:
