@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _guards: Any = torch._C._dynamo.guards
+_num_function_modes, _is_profiled = torch._C._len_torch_function_stack, torch.autograd._profiler_enabled
+_included_keys = torch._C._dispatch_tls_local_include_set
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -73,11 +75,7 @@ class Alike:
 
 def is_heard() -> bool:
     """Whether a mode, a transform or a profiler hears of what is called now."""
-    return bool(
-        torch._C._len_torch_function_stack()
-        or torch.autograd._profiler_enabled()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() != _usual_keys()[0]
-    )
+    return bool(_num_function_modes() or _is_profiled() or _included_keys().raw_repr() != _usual_keys()[0])
 
 
 @functools.cache
@@ -86,7 +84,7 @@ def _usual_keys() -> tuple[int, int]:
     found: list[tuple[int, int]] = []
 
     def look() -> None:
-        include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        include, exclude = _included_keys(), torch._C._dispatch_tls_local_exclude_set()
         found.append((include.raw_repr(), exclude.raw_repr()))
 
     thread = threading.Thread(target=look)  # a new one: this one may be within anything

@@ -155,22 +155,23 @@ class Chain:
     """Launches that follow one another. Once each has been started, all of them start on addresses alone: hooks and
     stream are asked for once, and memory that only they use needs no tensors."""
 
-    __slots__ = ("_launches",)
+    __slots__ = ("_launches", "_replays")
 
     def __init__(self, *launches: Launch) -> None:
         self._launches = launches
+        self._replays: list[_Replay] = []
 
     def start(self, device: int, *addresses: Sequence[int]) -> bool:
         """Start each launch on its ``addresses``, one for each place and multiples of 16, on the current stream of the
         current device, whose index is ``device`` (-1: CPU). False, and nothing started, if they must be called."""
         if _is_hooked():
             return False
-        replays = []
-        for launch in self._launches:
-            replay = launch._aligned
-            if replay is None:
+        replays = self._replays
+        if not replays:
+            replays = [launch._aligned for launch in self._launches if launch._aligned is not None]
+            if len(replays) < len(self._launches):
                 return False
-            replays.append(replay)
+            self._replays = replays
         stream = replays[0].stream(device)
         for replay, places in zip(replays, addresses, strict=True):
             replay.start(stream, places)

@@ -323,6 +323,8 @@ class BackwardPlan:
     """None: no dQ is wanted."""
     chain: Chain | None
     """The three kernels of a dense call that needs no copies."""
+    scratch_shape: tuple[int]
+    """Memory of the chain, in 4 bytes: LSE, delta, the sums and the turns, one behind the other."""
 
     def start_again(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
                     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> bool:  # fmt: skip
@@ -332,12 +334,11 @@ class BackwardPlan:
         assert dq is not None
         assert dk is not None
         assert dv is not None
-        num_turns = 0 if self.turn_shape is None else math.prod(self.turn_shape)
-        memory = uninitialised((self.columns * (2 + self.width) + num_turns,), (1,), torch.float32, q)
+        memory = uninitialised(self.scratch_shape, (1,), torch.float32, q)
+        row = 4 * self.columns
         lse_log2 = memory.data_ptr()
-        delta = lse_log2 + 4 * self.columns
-        sums = delta + 4 * self.columns
-        turns = () if self.turn_shape is None else (sums + 4 * self.columns * self.width,)
+        delta, sums = lse_log2 + row, lse_log2 + 2 * row
+        turns = () if self.turn_shape is None else (sums + row * self.width,)
         at_dout = dout.data_ptr()
         statistics = (lse.data_ptr(),) if dlse is None else (lse.data_ptr(), dlse.data_ptr())
         inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), at_dout)
@@ -423,6 +424,7 @@ def _plan_backward(
         main=main,
         postprocess=postprocess,
         chain=Chain(preprocess, main, postprocess) if as_they_are and postprocess is not None else None,
+        scratch_shape=(columns * (2 + call.width) + math.prod(turn_shape or (0,)),),
     )
 
 
