@@ -38,7 +38,7 @@ from kernels.attention.dispatch import (
     get_path,
 )
 from kernels.attention.memory import uninitialised
-from kernels.attention.plain import Alike, is_heard, is_plain
+from kernels.attention.plain import PLAIN_TYPES, Alike, is_heard, is_plain
 
 NAMESPACE = "flashtrain"
 _OPTIONS = (
@@ -420,7 +420,7 @@ def find_call(
 ) -> KnownCall | None:
     """What `learn_call` made of a call with these ``scalars``, on tensors that differ from these in their addresses at
     most."""
-    if is_heard():
+    if is_heard() or not PLAIN_TYPES.issuperset(map(type, packed)):  # sizes of others may be symbols
         return None
     calls = known_calls.get(_call_key(scalars, packed))
     if calls is not None:

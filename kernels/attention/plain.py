@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _guards: Any = torch._C._dynamo.guards
 _num_function_modes, _is_profiled = torch._C._len_torch_function_stack, torch.autograd._profiler_enabled
 _included_keys = torch._C._dispatch_tls_local_include_set
@@ -25,9 +26,7 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     index, keys = first.get_device(), _plain_keys(first.is_cuda)
     for tensor in tensors:
         if tensor is not None and (
-            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
-            or tensor.get_device() != index
-            or dispatch_keys(tensor).raw_repr() != keys
+            type(tensor) not in PLAIN_TYPES or tensor.get_device() != index or dispatch_keys(tensor).raw_repr() != keys
         ):
             return False
     return True

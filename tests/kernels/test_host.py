@@ -15,6 +15,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -338,6 +339,15 @@ def test_tensors_that_only_look_like_one_are_left_to_pytorch() -> None:
     torch.func.vmap(lambda x: (seen.append(op.is_plain((x,))), x)[1])(q.detach())
     torch.func.grad(lambda x: (seen.append(op.is_plain((x,))), x.sum())[1])(q.detach())
     assert seen == [False, False]
+
+
+def test_sizes_may_be_symbols(taken: list[str]) -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    given = [mode.from_tensor(t.detach(), static_shapes=False) for t in inputs(9)]
+    assert any(isinstance(size, torch.SymInt) for size in given[0].shape)
+    for _ in range(2):
+        assert kernels.flash_attn_func(*given).shape == given[0].shape
+    assert not taken
 
 
 def test_a_checkpointed_call_becomes_known_between_forward_and_recomputation(taken: list[str]) -> None:
