@@ -24,7 +24,8 @@ from kernels.attention.hopper.elementwise import backward_postprocess, backward_
 from kernels.attention.hopper.gluon_backward import backward_kernel
 from kernels.attention.hopper.gluon_backward_wide import backward_wide_kernel
 from kernels.attention.hopper.gluon_forward import forward_kernel
-from kernels.attention.relaunch import Launch
+from kernels.attention.memory import uninitialised
+from kernels.attention.relaunch import Chain, Launch
 
 RAGGED_ROWS = 2**30
 RAGGED_STRIDE = 2**34
@@ -172,6 +173,8 @@ class ForwardPlan:
 
     zero: bool
     """Whether rows of out and LSE are in no tile: 0 and -inf there."""
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
     copies: tuple[bool, ...] | None
@@ -185,8 +188,8 @@ class ForwardPlan:
 
     def results(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for out and LSE, which the kernel is to fill."""
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty_strided(self.lse_shape, self.lse_strides, dtype=torch.float32, device=q.device)
+        out = uninitialised(self.out_shape, self.out_strides, q.dtype, q)
+        lse = uninitialised(self.lse_shape, self.lse_strides, torch.float32, q)
         return (out.zero_(), lse.fill_(float("-inf"))) if self.zero else (out, lse)
 
 
@@ -238,7 +241,7 @@ def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: A
         q, k, v = _addressable_copies((q, k, v), copies)
         launch = _plan_forward_launch(call, tile, bound, q, k, v, out, lse, params, extras)
     zero = call.varlen or launch is None
-    return ForwardPlan(zero, shape, lse.stride(), copies, bound, tiles, launch)
+    return ForwardPlan(zero, tuple(out.shape), out.stride(), shape, lse.stride(), copies, bound, tiles, launch)
 
 
 def _plan_forward_launch(
@@ -336,6 +339,33 @@ class BackwardPlan:
     main: Launch
     postprocess: Launch | None
     """None: no dQ is wanted."""
+    chain: Chain | None
+    """The three kernels of a dense call that needs no copies."""
+    scratch_shape: tuple[int]
+    """Memory of the chain, in 4 bytes: LSE, delta, the sums and the turns, one behind the other."""
+
+    def start_again(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+                    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> bool:  # fmt: skip
+        """Start the chain as it was started before. False: there is none, or nothing was started."""
+        if self.chain is None:
+            return False
+        assert dq is not None
+        assert dk is not None
+        assert dv is not None
+        memory = uninitialised(self.scratch_shape, (1,), torch.float32, q)
+        row = 4 * self.columns
+        lse_log2 = memory.data_ptr()
+        delta, sums = lse_log2 + row, lse_log2 + 2 * row
+        turns = () if self.turn_shape is None else (sums + row * self.width,)
+        at_dout = dout.data_ptr()
+        statistics = (lse.data_ptr(),) if dlse is None else (lse.data_ptr(), dlse.data_ptr())
+        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), at_dout)
+        return self.chain.start(
+            q.get_device(),
+            (out.data_ptr(), at_dout, *statistics, lse_log2, delta, sums, *turns),
+            (*inputs, lse_log2, delta, sums, dk.data_ptr(), dv.data_ptr(), *turns),
+            (sums, *turns, dq.data_ptr()),
+        )
 
 
 def launch_backward(
@@ -397,6 +427,10 @@ def _plan_backward(
     bound = call.tiles("k", block_n)
     cu = extras.cu_seqlens_k
     tiles = None if cu is None else _plan_tile_list(cu, call, bound, block_n, descending=False)
+    preprocess = _plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras)
+    main = _plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras)
+    postprocess = None if dq is None else _plan_postprocess(call, scratch, turns, dq, params.softmax_scale, extras)
+    as_they_are = copies is None and not (spare_k or spare_v or call.varlen)
     return BackwardPlan(
         columns=columns,
         width=call.width,
@@ -404,10 +438,12 @@ def _plan_backward(
         copies=copies,
         spares=(spare_k, spare_v) if spare_k or spare_v else None,
         bound=bound,
-        preprocess=_plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras),
+        preprocess=preprocess,
         tiles=tiles,
-        main=_plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras),
-        postprocess=None if dq is None else _plan_postprocess(call, scratch, turns, dq, params.softmax_scale, extras),
+        main=main,
+        postprocess=postprocess,
+        chain=Chain(preprocess, main, postprocess) if as_they_are and postprocess is not None else None,
+        scratch_shape=(columns * (2 + call.width) + math.prod(turn_shape or (0,)),),
     )
 
 
