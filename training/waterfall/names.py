@@ -21,6 +21,7 @@ class Category(StrEnum):
     attention_backward = "attention_backward"
     norms = "norms"
     activations = "activations"
+    casts = "casts"
     elementwise = "elementwise"
     loss = "loss"
     accumulation = "accumulation"
@@ -39,6 +40,7 @@ LABELS: dict[Category, str] = {
     Category.attention_backward: "attention backward",
     Category.norms: "norms and residuals",
     Category.activations: "activations",
+    Category.casts: "casts to fp8",
     Category.elementwise: "biases, embeddings, other elementwise",
     Category.loss: "loss",
     Category.accumulation: "gradient accumulation",
@@ -86,6 +88,8 @@ _MATMUL = re.compile(
     r"nvjet|gemm|gemv|cutlass|xmma|cublas|splitk|triton_tem_|triton_mm|^Cijk_|_wgrad_|_dgrad_", re.IGNORECASE
 )
 _INDUCTOR = re.compile(r"^triton_(poi|per|red|tem|for|mix|spl)_fused_")
+_CAST = re.compile(r"^triton_[a-z]+_fused_\w*_(amax|clamp|reciprocal)(?=_|$)")
+"""The largest magnitude and the scale that it makes: of what Inductor compiles here, `model.fp8` alone has these."""
 _MOVES = re.compile(r"_(to_copy|clone|copy|cat|stack|view|t|transpose|permute|slice|unsqueeze|select|split)(?=_|$)")
 _ADD = re.compile(r"_add(?=_|$)")
 
@@ -152,7 +156,7 @@ def classify_kernel(name: str, kind: str, stack: tuple[str, ...]) -> Category | 
         return C.optimizer
     if kind == MEMORY:
         return C.copies
-    named = OUR_KERNELS.get(name) or _attention(name, stack)
+    named = OUR_KERNELS.get(name) or _cast(name) or _attention(name, stack)
     if named is not None:
         return named
     if _MATMUL.search(name):
@@ -185,6 +189,14 @@ def _communicates(stack: tuple[str, ...]) -> bool:
     """Whether a collective is the innermost thing that means something; one that runs on beside others isn't."""
     first = next((name for name in stack if name in OPERATORS or COMMUNICATION.search(name)), "")
     return COMMUNICATION.search(first) is not None
+
+
+def _cast(name: str) -> Category | None:
+    """Casts to fp8, where they aren't fused with what makes the values. Inductor also writes into the name what the
+    operator is called that made them, such as attention."""
+    if not _CAST.match(name):
+        return None
+    return next((category for pattern, category in _NAME_PATTERNS[:2] if pattern.search(name)), C.casts)
 
 
 def _attention(name: str, stack: tuple[str, ...]) -> Category | None:
