@@ -188,7 +188,9 @@ class Trainer:
     def _measure_peak(self) -> Peak:
         hardware = self.config.hardware
         tf32 = hardware.tf32 and not self.config.deterministic
-        return device_peak(self.processes.device, self.engine.precision, hardware.peak_tflops, tf32)
+        peak = device_peak(self.processes.device, self.engine.precision, hardware.peak_tflops, tf32)
+        recipe = self.config.engine.fp8
+        return peak if recipe is Fp8.none else replace(peak, note=f"{peak.note}; engine.fp8={recipe} can exceed it")
 
     def _meter(self) -> ThroughputMeter:
         measured = self.peak.source == "measured" and self.processes.is_main
