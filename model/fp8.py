@@ -11,7 +11,8 @@ nothing overflows, and no state goes from step to step or into a checkpoint.
     tensorwise   one scale a tensor: X and W in e4m3 (3 bits of fraction, up to 448), dY in e5m2 (2 bits, up to 57,344)
     rowwise      one for each row of X, W and dY, all in e4m3; for dX, which sums over the rows of W, one for all of W
 
-Micikevicius et al. 2022, "FP8 formats for deep learning"; rowwise as torchao's recipe of two products.
+Micikevicius et al. 2022, "FP8 formats for deep learning"; rowwise as torchao's recipe of two products, but with scales
+that aren't rounded to powers of two.
 
 A rounding is off by at most 2^-4 of an element in e4m3 and 2^-3 in e5m2, until the element is 2^-6 / 448 or
 2^-14 / 57,344 of the largest one; below, by a constant. In a sum of many such terms the errors mostly cancel: random Y

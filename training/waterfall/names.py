@@ -116,7 +116,7 @@ _BY_OPERATOR: dict[Category, str] = {
     "embedding_dense_backward embedding_backward index_select index index_add_ gather scatter_add_ arange cumsum "
     "searchsorted bitwise_and bitwise_or logical_and logical_or logical_not ne eq ge gt le lt maximum minimum clamp "
     "max min amax amin any all abs isfinite isnan isinf item _local_scalar_dense is_nonzero __or__ __and__ bitwise_not "
-    "linalg_vector_norm addcmul lerp random_ randint eye tril triu",
+    "linalg_vector_norm reciprocal addcmul lerp random_ randint eye tril triu",
 }
 OPERATORS: dict[str, Category] = {f"aten::{op}": kind for kind, ops in _BY_OPERATOR.items() for op in ops.split()}
 """ATen operator -> category, inside the model; inside the optimizer all is optimizer."""
