@@ -87,6 +87,14 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+class Fp8(StrEnum):
+    """How the blocks' linear layers scale what they multiply in 8-bit floating point (`engine.fp8`)."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
+
+
 class Recompute(StrEnum):
     """Activation checkpointing: nothing, or whole blocks, recomputed in the backward pass."""
 
@@ -343,6 +351,10 @@ class EngineConfig:
     """0: replicate, 1: shard optimizer states, 2: gradients as well, 3: parameters as well."""
     precision: Precision = Precision.auto
     """Arithmetic. bf16 and fp16 keep fp32 master weights."""
+    fp8: Fp8 = Fp8.none
+    """Products of the blocks' linear layers in 8-bit floating point, forward and for the inputs' gradients; needs bf16,
+    and on a GPU compute capability 8.9. tensorwise: one scale a tensor, gradients in e5m2. rowwise: one a row, all in
+    e4m3, more exact. It changes what is trained: compare losses. none: off."""
     fp32_accumulation: bool = True
     """Sum gradients of micro-batches in fp32. False: in the model's dtype (less memory, less exact)."""
     loss_scale: float = 0.0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError
-from configs.schema import ModelConfig, Position
+from configs.schema import Fp8, ModelConfig, Position
 from model.attention import Context, SelfAttention, resolve_attention
 from model.checks import check
 from model.dimensions import resolve_dimensions
@@ -160,6 +160,13 @@ class GPT(nn.Module):
     def set_recompute(self, recompute: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.recompute = recompute
+
+    def set_fp8(self, recipe: Fp8) -> None:
+        """Multiply in fp8 in the blocks' linear layers. Embeddings and head stay: their rows and logits differ in size
+        the most."""
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                module.fp8 = recipe
 
     def set_sequence_group(self, group: SequenceGroup | None) -> None:
         """Share the tokens of each sample with the ranks of a group when computing losses."""

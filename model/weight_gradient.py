@@ -52,6 +52,13 @@ def _add_weight_gradient_flops(total: torch.Size, d_out: torch.Size, x: torch.Si
     return 2 * d_out.numel() * x[-1]
 
 
+def add_linear_gradients(weight_sum: Tensor, bias_sum: Tensor | None, d_out: Tensor, x: Tensor) -> None:
+    """Add a linear layer's gradients to weight_sum (O, I) and bias_sum (O,), fp32; d_out (T, O), x (T, I)."""
+    torch.ops.flashtrain.add_weight_gradient_(weight_sum, d_out, x)
+    if bias_sum is not None:
+        bias_sum.add_(d_out.sum(0, dtype=bias_sum.dtype))
+
+
 class _SummedLinear(torch.autograd.Function):
     """x (..., I), weight (O, I), bias (O,) to (..., O); the gradients of weight and bias go to `weight_sum` (O, I) and
     `bias_sum` (O,), fp32, and not to autograd."""
@@ -68,9 +75,7 @@ class _SummedLinear(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         rows = d_out.flatten(0, -2)  # (T, O)
-        torch.ops.flashtrain.add_weight_gradient_(ctx.weight_sum, rows, x.flatten(0, -2))
-        if ctx.bias_sum is not None:
-            ctx.bias_sum.add_(rows.sum(0, dtype=ctx.bias_sum.dtype))
+        add_linear_gradients(ctx.weight_sum, ctx.bias_sum, rows, x.flatten(0, -2))
         d_x = (rows @ weight).view(x.shape)  # (T, I) to (..., I)
         return d_x, None, None, None, None
 

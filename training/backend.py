@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import EngineConfig, OptimConfig, Precision, Toggle
+from configs.schema import EngineConfig, Fp8, ModelConfig, OptimConfig, Precision, Toggle
 from training.batch import BatchPlan
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+FP8_CAPABILITY = (8, 9)
+"""CUDA's compute capability from which tensor cores multiply in fp8: Ada, Hopper and later."""
 NEVER = 2**31  # steps between DeepSpeed's own progress lines
 
 
@@ -103,6 +105,31 @@ def check_engine(config: EngineConfig, precision: Precision, device: torch.devic
         supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)()
         if not supported:
             raise UserError("engine.precision=fp16: this CPU has no fp16 units; possible: fp32, bf16, or zero_stage=0")
+
+
+def check_fp8(config: EngineConfig, model: ModelConfig, precision: Precision, device: torch.device) -> None:
+    """Raise `UserError` for all that keeps the blocks from `engine.fp8`, also on this device. A CPU emulates it.
+
+    `model`: one that `model.check` finds no fault with.
+    """
+    if config.fp8 is Fp8.none:
+        return
+    from model import fp8
+
+    found, asked = fp8.problems(model), f"engine.fp8={config.fp8}"
+    if precision is not Precision.bf16:
+        found.append(f"{asked}: needs engine.precision=bf16, given {precision}; or use engine.fp8=none")
+    if device.type == "cuda":
+        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+        if torch.version.hip is not None or capability < FP8_CAPABILITY:
+            found.append(f"{asked}: {name} has no fp8 units that PyTorch can use; use engine.fp8=none")
+    if found:
+        raise UserError("\n".join(found))
+
+
+def arithmetic(config: EngineConfig, precision: Precision) -> str:
+    """What a run computes in, for people: `bf16`, or `bf16 with fp8 (rowwise)`."""
+    return precision.value if config.fp8 is Fp8.none else f"{precision} with fp8 ({config.fp8})"
 
 
 def should_be_lean(config: EngineConfig) -> bool:

@@ -32,6 +32,7 @@ from model.weight_gradient import release_sums
 from training.backend import (
     DTYPES,
     check_engine,
+    check_fp8,
     deepspeed_config,
     gather_whole_blocks,
     import_deepspeed,
@@ -255,10 +256,12 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     device = processes.device
     precision = resolve_precision(config.engine.precision, device)
     check_engine(config.engine, precision, device)
+    check_fp8(config.engine, config.model, precision, device)
     lean = should_be_lean(config.engine)
     fuse = should_fuse_weight_gradients(config.engine, precision, processes.world_size)
     one_kernel = should_fuse_step(config.optim, config.engine, precision, device)
     model.set_recompute(config.engine.recompute is Recompute.block)
+    model.set_fp8(config.engine.fp8)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before ZeRO-3 takes them away
     if config.engine.zero_stage == 0:

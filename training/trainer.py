@@ -17,7 +17,7 @@ from typing import Self, cast
 import torch
 
 from configs.errors import OUT_OF_MEMORY, OutOfMemoryError, UserError
-from configs.schema import NonFinite, Precision, RunConfig
+from configs.schema import Fp8, NonFinite, Precision, RunConfig
 from data import (
     GlobalBatch,
     MicroBatch,
@@ -35,13 +35,13 @@ from model.flops import flops_per_token, parameter_counts
 from model.generate import generate
 from training import checkpoint, rng
 from training import metrics as m
-from training.backend import DTYPES
+from training.backend import DTYPES, arithmetic
 from training.batch import data_ranks, resolve_batch
 from training.console import RunSummary, print_summary, short_path
 from training.engine import Engine, build_engine
 from training.hardware import Peak, device_peak
 from training.logging import RunLogger, system_info
-from training.metrics import Throughput, ThroughputMeter
+from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
@@ -188,7 +188,9 @@ class Trainer:
     def _measure_peak(self) -> Peak:
         hardware = self.config.hardware
         tf32 = hardware.tf32 and not self.config.deterministic
-        return device_peak(self.processes.device, self.engine.precision, hardware.peak_tflops, tf32)
+        peak = device_peak(self.processes.device, self.engine.precision, hardware.peak_tflops, tf32)
+        recipe = self.config.engine.fp8
+        return peak if recipe is Fp8.none else replace(peak, note=f"{peak.note}; engine.fp8={recipe} can exceed it")
 
     def _meter(self) -> ThroughputMeter:
         measured = self.peak.source == "measured" and self.processes.is_main
@@ -200,6 +202,7 @@ class Trainer:
             world_size=self.processes.world_size,
             device=self.processes.device,
             remeasure=(lambda: self._measure_peak().tflops) if measured else None,
+            ceiling=1.0 if self.config.engine.fp8 is Fp8.none else FP8_CEILING,
         )
 
     def _profiler(self) -> StepProfiler:
@@ -223,9 +226,13 @@ class Trainer:
         takers = ranks if shared == 1 else f"{self.replicas} of {shared} ranks"
         say = self.session.terminal.say
         say(
-            f"{config.name}: {count / 1e6:,.1f} M parameters, {attention} attention, {self.engine.precision}, "
-            f"ZeRO-{config.engine.zero_stage}, {ranks} on {self.peak.device_name}"
+            f"{config.name}: {count / 1e6:,.1f} M parameters, {attention} attention, "
+            f"{arithmetic(config.engine, self.engine.precision)}, ZeRO-{config.engine.zero_stage}, "
+            f"{ranks} on {self.peak.device_name}"
         )
+        if config.engine.fp8 is not Fp8.none:
+            emulated = ", emulated" if self.processes.device.type == "cpu" else ""
+            say(f"  engine.fp8={config.engine.fp8}{emulated}: MFU is of the bf16 peak all the same")
         tokens = plan.global_batch_size * config.model.sequence_length
         say(
             f"{self.corpus.train.num_tokens:,} training tokens; {tokens:,} a step: {plan.global_batch_size} sequences "

@@ -17,6 +17,7 @@ from model.sequence import problems as sequence_problems
 from training.backend import (
     DTYPES,
     check_engine,
+    check_fp8,
     resolve_precision,
     should_be_lean,
     should_fuse_step,
@@ -149,7 +150,13 @@ def _device(config: RunConfig, world_size: int) -> Iterator[str]:
         yield str(error)
         return
     yield from _toggles(config, precision, device, world_size)
-    if config.model.attention is not Attention.auto and not check(config.model, config.data.document_mask):
+    if check(config.model, config.data.document_mask):
+        return  # said before; what follows builds on it
+    try:
+        check_fp8(config.engine, config.model, precision, device)
+    except UserError as error:
+        yield from str(error).splitlines()
+    if config.model.attention is not Attention.auto:
         try:
             resolve_attention(config.model, device, DTYPES[precision])
         except UserError as error:

@@ -33,6 +33,11 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         (["train.global_batch_size=16", "train.micro_batch_size=3"], ["train.global_batch_size", "train.micro_batch"]),
         (["model.num_heads=3"], ["model.num_heads"]),
         (["hardware.peak_tflops=-1"], ["hardware.peak_tflops"]),
+        (
+            ["engine.fp8=rowwise", "engine.precision=fp32"],
+            ["engine.fp8=rowwise", "engine.precision=bf16", "given fp32"],
+        ),
+        (["engine.fp8=rowwise", "model.mlp_width=100"], ["engine.fp8", "model.mlp_width is 100", "multiples of 16"]),
         (["engine=zero2", "engine.lean_zero3=on"], ["engine.lean_zero3=on", "engine.zero_stage=3", "auto or off"]),
         (["engine=zero2", "optim.fused_step=on"], ["optim.fused_step=on", "zero_stage=0, or 1 or 3", "auto or off"]),
     ],
