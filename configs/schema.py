@@ -295,9 +295,9 @@ class OptimConfig:
     """Largest norm of the global gradient. 0: off."""
     fused_step: Toggle = Toggle.auto
     """Our Triton kernel that clips, updates, rounds the weights and empties the gradients' sums in one pass. auto: on
-    CUDA at stage 0, and in bf16 at stages 1 and 3 (`engine.lean_zero3`) with `engine.fp32_accumulation` and without
-    offload. off: PyTorch's AdamW, and the rest apart. With it, but not in fp16, the device decides whether to step too:
-    the host doesn't wait for the loss and the norm, and logs them when the next step is queued."""
+    CUDA at stage 0, and in bf16 at stages 1 to 3 (`engine.lean_zero2`, `lean_zero3`) with `engine.fp32_accumulation`
+    and without offload. off: PyTorch's AdamW, and the rest apart. With it, but not in fp16, the device decides whether
+    to step too: the host doesn't wait for the loss and the norm, and logs them when the next step is queued."""
 
 
 @dataclass
@@ -378,8 +378,11 @@ class EngineConfig:
     """`torch.compile` of each block. auto: on CUDA."""
     fuse_weight_gradients: Toggle = Toggle.auto
     """Add weight gradients to the fp32 sums over micro-batches inside the products that make them, unrounded. auto: in
-    bf16 at stages 0 and 1, on one rank also at 3 with lean_zero3; with fp32_accumulation and without offload. off:
-    round them to bf16 and add them apart."""
+    bf16 at stages 0 and 1, on one rank also at 2 with lean_zero2 and 3 with lean_zero3; with fp32_accumulation and
+    without offload. off: round them to bf16 and add them apart."""
+    lean_zero2: Toggle = Toggle.auto
+    """At stage 2, sum gradients and step by our own code instead of DeepSpeed's, which copies more and on several ranks
+    sends twice the bytes: each gradient to all. auto: with fp32_accumulation and without offload. off: DeepSpeed's."""
     lean_zero3: Toggle = Toggle.auto
     """At stage 3, sum gradients and step by our own code instead of DeepSpeed's, which copies and waits more. auto:
     with fp32_accumulation and without offload. off: DeepSpeed's."""

@@ -50,7 +50,7 @@ from training.batch import BatchPlan
 from training.distributed import Processes
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, fp16_scale
 from training.step import HostCopy, Step, StepResult, clip_factor, clip_factor_on_device
-from training.zero import Bf16Stage1, Partition, Replicated, Stage3, partition_of
+from training.zero import Bf16Stage1, Partition, Replicated, Stage3, Stage12, partition_of
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch
@@ -315,7 +315,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     on_device = (
         one_kernel
         and precision is not Precision.fp16  # its loss scale is the host's, and the next step's
-        and type(partition) is not Stage3  # DeepSpeed's own step
+        and type(partition) not in (Stage12, Stage3)  # DeepSpeed's own step
     )
     return Engine(wrapped, partition, shapes, config, precision, processes, on_device, restore)
 

@@ -39,7 +39,8 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         ),
         (["engine.fp8=rowwise", "model.mlp_width=100"], ["engine.fp8", "model.mlp_width is 100", "multiples of 16"]),
         (["engine=zero2", "engine.lean_zero3=on"], ["engine.lean_zero3=on", "engine.zero_stage=3", "auto or off"]),
-        (["engine=zero2", "optim.fused_step=on"], ["optim.fused_step=on", "zero_stage=0, or 1 or 3", "auto or off"]),
+        (["engine=zero3", "engine.lean_zero2=on"], ["engine.lean_zero2=on", "engine.zero_stage=2", "auto or off"]),
+        (["engine=zero2", "optim.fused_step=on"], ["optim.fused_step=on", "zero_stage=0, or 1 to 3", "auto or off"]),
     ],
 )
 def test_problem_is_named(overrides: list[str], words: list[str]) -> None:
@@ -53,6 +54,9 @@ def test_problem_is_named(overrides: list[str], words: list[str]) -> None:
         (["engine=zero3"], 1, False),
         (["engine=zero3"], 2, True),
         (["engine=zero3", "engine.lean_zero3=off"], 1, True),
+        (["engine=zero2"], 1, False),
+        (["engine=zero2"], 2, True),
+        (["engine=zero2", "engine.lean_zero2=off"], 1, True),
         (["engine=zero1"], 2, False),
         (["engine=zero1", "engine.precision=fp32"], 2, True),
     ],

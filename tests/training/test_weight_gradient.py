@@ -24,7 +24,7 @@ from tests.training.conftest import Build, Reference, make_batch, make_engine, m
 from training import distributed
 from training.engine import Engine
 
-STAGES = (0, 1, 3)
+STAGES = (0, 1, 2, 3)
 """Where one rank sums inside the products."""
 SHARED = (0, 1)
 """Where several do."""
@@ -220,7 +220,7 @@ def test_where_it_is_possible(build: Build) -> None:
         assert not takes_it(bf16_config(stage, fuse=Toggle.off))
     fp32 = run_config(0)
     bf16_sums = bf16_config(1, fp32_accumulation=False)
-    impossible = [fp32, bf16_sums, bf16_config(2), bf16_config(1, offload_optimizer=True)]
+    impossible = [fp32, bf16_sums, bf16_config(2, lean_zero2=Toggle.off), bf16_config(1, offload_optimizer=True)]
     impossible += [bf16_config(3, lean_zero3=Toggle.off), bf16_config(3, fp32_accumulation=False)]
     for config in impossible:
         config.engine.fuse_weight_gradients = Toggle.on
