@@ -60,10 +60,17 @@ def varlen() -> list[Tensor]:
     return [*given, offsets, out]
 
 
+def two_pieces() -> list[Tensor]:
+    """Each tensor stands in two places: two descriptors of it."""
+    given = tensors(1, 130, 2, 160, grad=False)
+    return [*given, *(kernels.flash_attn_func(*order, causal=True) for order in (given, given[::-1]))]
+
+
 CASES: dict[str, Callable[[], list[Tensor]]] = {
     "dense": lambda: dense(causal=True),
     "window, deterministic": lambda: dense(window_size=(50, 0), deterministic=True),
     "one tensor": one_tensor_thrice,
+    "two pieces": two_pieces,
     "packed": packed,
     "varlen": varlen,
     "portable": lambda: dense(causal=True, softcap=20.0),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention import hopper
 from kernels.attention.dispatch import AttnExtras, AttnParams, Problem
-from kernels.attention.hopper import launch, tuning
+from kernels.attention.hopper import gluon_forward, launch, tuning
 from tests.kernels import hopper_emulator
 
 NEEDS_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="the small kernels are interpreted on a CPU")
@@ -134,6 +134,13 @@ CASES += [
     Case(((100, 100), (0, 30), (300, 300), (30, 0), (1, 1), (129, 64)), varlen=True, right=0, head_dim=256),
     Case(((257, 100), (3, 500)), varlen=True, heads=4, heads_k=2, left=100, right=0, head_dim=192),
 ]
+# Head dims that the forward splits into pieces of 128 and 64 columns; the tensor's bound cuts the second one, or not.
+CASES += [
+    Case(((200, 330),), batch=2, heads=4, heads_k=2, head_dim=136),
+    Case(((70, 300),), right=0, head_dim=192, heads=3, heads_k=3, dtype=torch.float16),  # more key blocks than stages
+    Case(((150, 200),), left=60, right=40, head_dim=160),
+    Case(((100, 100), (0, 30), (300, 300), (30, 0), (1, 1), (129, 64)), varlen=True, right=0, head_dim=192),
+]
 # Limits that fall on, just before and just after the edges of 64 queries and 128 keys.
 WINDOWS = [(0, 0), (1, 0), (62, -1), (-1, 62), (63, 63), (64, 64), (126, 126), (127, 127), (128, 128), (129, -1)]
 CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
@@ -200,6 +207,7 @@ def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
 FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
     **tuning.FORWARD_CANDIDATES[64],
     **{f"{name}, 128": tile for name, tile in tuning.FORWARD_CANDIDATES[128].items()},
+    "a tile ahead, one Q buffer": tuning.FORWARD_CANDIDATES[256]["ahead"],
     "narrow": replace(tuning.FORWARD[64], named_kv=False, overlap=True, pingpong=True),
     "one stage, O in Q's buffer": replace(tuning.FORWARD[128], named_kv=False, own_o=False, stages=1),
     "three stages, no turns, a tile at a time": replace(tuning.FORWARD[128], stages=3, ahead=False, pingpong=False),
@@ -234,6 +242,50 @@ def test_forward_variants_match_the_formula(
 
 
 @NEEDS_INTERPRETER
+@pytest.mark.parametrize("name", tuning.FORWARD_CANDIDATES[192])
+@pytest.mark.parametrize("case", [case for case in CASES if 128 < case.head_dim <= 192], ids=str)
+def test_head_dim_in_two_pieces(case: Case, name: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "forward_tile", lambda *_: tuning.FORWARD_CANDIDATES[192][name])
+    check_forward(case)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("right", [-1, 0])
+def test_rings_of_two_pieces(right: int, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tile in tuning.FORWARD_CANDIDATES[192].values():
+        monkeypatch.setattr(tuning, "forward_tile", lambda *_, tile=tile: tile)
+        for blocks in (1, 2, 3, 4):
+            check_forward(Case(((256, tile.block_n * blocks),), heads=5, head_dim=192, right=right))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("wrong", ["columns", "waits"])
+def test_a_piece_left_out_is_seen(wrong: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pieces read from the first column, and a wait that leaves a piece of S under way."""
+    if wrong == "columns":
+        monkeypatch.setattr(gluon_forward, "PIECE", type(gluon_forward.PIECE)(0))
+    else:
+        wait = hopper_emulator.Products.wait
+        monkeypatch.setattr(hopper_emulator.Products, "wait", lambda self, n, deps: wait(self, n + (n == 2), deps))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_forward(Case(((100, 200),), head_dim=192))
+
+
+def test_padded_head_dims_and_their_pieces() -> None:
+    """The forward has a width for 192, the backward has not; pieces are powers of two, the first of them PIECE wide."""
+    for head_dim, forward, backward in (
+        (8, 64, 64), (64, 64, 64), (72, 128, 128), (128, 128, 128), (136, 192, 256), (192, 192, 256), (200, 256, 256),
+    ):  # fmt: skip
+        assert tuning.padded_head_dim(head_dim, tuning.FORWARD) == forward
+        assert tuning.padded_head_dim(head_dim, tuning.BACKWARD) == backward
+    assert tuning.FORWARD_PIECES.keys() == tuning.FORWARD.keys()
+    for width, pieces in tuning.FORWARD_PIECES.items():
+        assert sum(pieces) == width
+        assert all(columns & (columns - 1) == 0 for columns in pieces)
+        assert len(pieces) == 1 or pieces[0] == gluon_forward.PIECE.value
+
+
+@NEEDS_INTERPRETER
 @pytest.mark.parametrize("variant", FORWARD_VARIANTS)
 def test_rings_of_forward_variants(variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """1, 2, 3, stages and stages + 1 key blocks, over several tiles per CTA."""
@@ -249,6 +301,8 @@ def test_rings_of_forward_variants(variant: str, emulated: None, monkeypatch: py
 def test_registers_and_barriers_of_forward_tiles() -> None:
     assert tuning.FORWARD[128].options() == {}, "one CTA: Triton's own choice"
     assert tuning.FORWARD[64].options() == {"maxnreg": 80}
+    with pytest.raises(ValueError, match="variant of ahead"):
+        replace(tuning.FORWARD[256], one_q=True)
     with pytest.raises(ValueError, match="rings of 3"):
         replace(tuning.FORWARD[128], stages=4)
     with pytest.raises(ValueError, match="rings of 2"):
@@ -267,6 +321,7 @@ def test_which_forward_tile() -> None:
         (128, 16384, False, True, tuning.FORWARD[128]),
         (128, 512, False, False, tuning.FORWARD_LONG[128]),
         (128, 512, True, False, tuning.FORWARD[128]),
+        (192, 8192, False, False, tuning.FORWARD[192]),
         (256, 512, False, False, tuning.FORWARD[256]),
     ):
         assert tuning.forward_tile(width, keys, left, right) is want

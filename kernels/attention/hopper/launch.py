@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +47,15 @@ class Call:
     num_heads_k: int
     head_dim: int
     width: int
-    """Head dim padded to the tile's."""
+    """Head dim padded to that of the direction's tile."""
     total_q: int
     """Varlen: rows of q. Dense: Sq."""
     total_k: int
     varlen: bool
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, params: AttnParams, extras: AttnExtras) -> Call:
+    def of(q: Tensor, k: Tensor, params: AttnParams, extras: AttnExtras, tiles: Iterable[int]) -> Call:
+        """``tiles``: tuning.FORWARD or BACKWARD."""
         cu = extras.cu_seqlens_q
         return Call(
             batch=q.shape[0] if cu is None else cu.shape[0] - 1,
@@ -62,7 +64,7 @@ class Call:
             num_heads=q.shape[-2],
             num_heads_k=k.shape[-2],
             head_dim=q.shape[-1],
-            width=tuning.padded_head_dim(q.shape[-1]),
+            width=tuning.padded_head_dim(q.shape[-1], tiles),
             total_q=q.shape[-3],
             total_k=k.shape[-3],
             varlen=cu is not None,
@@ -183,6 +185,8 @@ class ForwardPlan:
     """Upper bound of the query blocks of all sequences."""
     tiles: Launch | None
     """Lists the query blocks; varlen only."""
+    pieces: int
+    """Tensors that the head dim is split into: the kernel has as many descriptors of each of q, k, v and out."""
     launch: Launch | None
     """None: there is no query or no key."""
 
@@ -209,7 +213,7 @@ def launch_forward(
         sched = _list_tiles(plan.tiles, extras.cu_seqlens_q, plan.bound)
     else:
         sched = _tile_counter(q.device)
-    plan.launch(q, k, v, out, lse, sched, extras.cu_seqlens_q, extras.cu_seqlens_k)
+    plan.launch(*(q, k, v, out) * plan.pieces, lse, sched, extras.cu_seqlens_q, extras.cu_seqlens_k)
     return out, lse
 
 
@@ -226,7 +230,7 @@ def _addressable_copies(tensors: tuple[Tensor, ...], copies: tuple[bool, ...] | 
 
 
 def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> ForwardPlan:
-    call = Call.of(q, k, params, extras)
+    call = Call.of(q, k, params, extras, tuning.FORWARD)
     copies = _which_to_copy(q, k, v)
     shape = (call.num_heads, call.total_q) if call.varlen else (call.batch, call.num_heads, call.total_q)
     out = torch.empty(q.shape, dtype=q.dtype, device="meta")
@@ -241,7 +245,22 @@ def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: A
         q, k, v = _addressable_copies((q, k, v), copies)
         launch = _plan_forward_launch(call, tile, bound, q, k, v, out, lse, params, extras)
     zero = call.varlen or launch is None
-    return ForwardPlan(zero, tuple(out.shape), out.stride(), shape, lse.stride(), copies, bound, tiles, launch)
+    pieces = len(tuning.FORWARD_PIECES[call.width])
+    return ForwardPlan(zero, tuple(out.shape), out.stride(), shape, lse.stride(), copies, bound, tiles, pieces, launch)
+
+
+def _describe_pieces(
+    call: Call, tile: tuning.ForwardTile, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> dict[str, TensorDescriptor | None]:
+    """Arguments {q, k, v, o}_desc, and _tail for the second piece of the head dim."""
+    first, *rest = tuning.FORWARD_PIECES[call.width]
+    parts = {"desc": first, "tail": rest[0] if rest else None}
+    tensors = {"q": (q, 64), "k": (k, tile.block_n), "v": (v, tile.block_n), "o": (out, 64)}
+    return {
+        f"{name}_{part}": None if columns is None else describe_tensor(tensor, rows, columns, call.varlen)
+        for part, columns in parts.items()
+        for name, (tensor, rows) in tensors.items()
+    }
 
 
 def _plan_forward_launch(
@@ -252,10 +271,7 @@ def _plan_forward_launch(
     group = call.num_heads // call.num_heads_k
     right = params.window_right >= 0
     arguments = {
-        "q_desc": describe_tensor(q, 64, call.width, call.varlen),
-        "k_desc": describe_tensor(k, tile.block_n, call.width, call.varlen),
-        "v_desc": describe_tensor(v, tile.block_n, call.width, call.varlen),
-        "o_desc": describe_tensor(out, 64, call.width, call.varlen),
+        **_describe_pieces(call, tile, q, k, v, out),
         "lse_ptr": lse,
         "sched": torch.empty(0, dtype=torch.int32, device=q.device),
         "cu_q": extras.cu_seqlens_q,
@@ -295,6 +311,7 @@ def _plan_forward_launch(
         "PINGPONG": tile.pingpong,
         "OVERLAP": tile.overlap,
         "AHEAD": tile.ahead,
+        "Q_TILES": tile.q_tiles,
         "TRIM": tile.trim,
         "NAMED": tile.named_kv,
     }
@@ -409,7 +426,7 @@ def _plan_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> BackwardPlan:  # fmt: skip
-    call = Call.of(q, k, params, extras)
+    call = Call.of(q, k, params, extras, tuning.BACKWARD)
     copies = _which_to_copy(dout, q, k, v)
     dout, q, k, v = _addressable_copies((dout, q, k, v), copies)
     spare_k, spare_v = (t is None or not addressable(t) for t in (dk, dv))

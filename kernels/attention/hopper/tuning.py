@@ -4,6 +4,7 @@ Each choice is one that compiles without a spill or a serialised product (docs/k
 runners-up).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import ClassVar
@@ -31,6 +32,8 @@ class ForwardTile:
     ahead: bool = False
     """The producer works up to two tiles ahead: Q has two buffers, and the consumers are told where a tile lies instead
     of working it out of its number."""
+    one_q: bool = False
+    """With ``ahead``: Q has one buffer, where two don't fit."""
     trim: bool = False
     """A warpgroup passes over key blocks that only other rows of its tile see."""
     named_kv: bool = False
@@ -42,6 +45,8 @@ class ForwardTile:
         stages = (8 - (self.block_m // 64 if self.pingpong else 0)) // 2
         if self.named_kv and self.stages > stages:
             raise ValueError(f"named barriers serve rings of {stages} beside the turns, got {self.stages} stages")
+        if self.one_q and not self.ahead:
+            raise ValueError("one_q is a variant of ahead")
         consumers = self.block_m // 64
         wanted, there = 128 * (consumers * self.consumer_regs + (24 if consumers == 2 else 32)), 65536 // self.ctas
         if wanted > there:
@@ -49,6 +54,11 @@ class ForwardTile:
                 f"{consumers} warpgroups with consumer_regs={self.consumer_regs} and the producer want {wanted} "
                 f"registers, a CTA of {self.ctas} on a multiprocessor has {there}: the kernel would hang"
             )
+
+    @property
+    def q_tiles(self) -> int:
+        """Tiles whose Q has a buffer."""
+        return 2 if self.ahead and not self.one_q else 1
 
     def options(self) -> dict[str, int]:
         """Launch options beside the number of warps: at entry all warps of a CTA, a multiple of 4, have as many
@@ -187,7 +197,8 @@ _TWO_CTAS = ForwardTile(
 FORWARD: dict[int, ForwardTile] = {
     64: _TWO_CTAS,
     128: replace(_AHEAD, named_kv=True),
-    # K and V blocks of 64: two stages of 128 would need 320 KB. O lies in Q's buffer, its own would not fit.
+    # 192 and 256: K and V blocks of 64, two stages of 128 would need 240 and 320 KB. O lies in Q's buffer.
+    192: replace(_AHEAD, block_n=64, own_o=False),
     256: ForwardTile(block_m=128, block_n=64, stages=2, consumer_regs=240, own_o=False, pingpong=True),
 }
 """Padded head dim -> forward tile. With two CTAs, one's blocks run beside the start and end of the other's tiles, which
@@ -205,9 +216,18 @@ left none does."""
 FORWARD_CANDIDATES: dict[int, dict[str, ForwardTile]] = {
     64: {"two_ctas": _TWO_CTAS, "tall": _TALL, "ahead": replace(_AHEAD, stages=3)},
     128: {"ahead": _AHEAD, "ahead_named": FORWARD[128], "shared": FORWARD_LONG[128]},
+    192: {
+        "ahead": FORWARD[192],
+        "deep": replace(FORWARD[192], ahead=False, stages=3),
+        "own_o": replace(FORWARD[192], ahead=False, own_o=True),
+    },
+    256: {"ahead": replace(FORWARD[256], ahead=True, one_q=True)},  # windowed varlen under 3.9: 52 bytes of spills
 }
 """Padded head dim -> name -> forward tile to hold against those chosen, everywhere: the bench's
 ``hopper[candidate="NAME"]``. They compile clean and have groups of their own in tests/kernels/gpu/hopper_checks.py."""
+
+FORWARD_PIECES: dict[int, tuple[int, ...]] = {64: (64,), 128: (128,), 192: (128, 64), 256: (256,)}
+"""Padded head dim -> columns of the tensors that make it up: powers of two."""
 
 BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     # K and V from registers: +10 to 18 % on an H100; under Triton 3.9 they spill.
@@ -228,9 +248,10 @@ FORWARD_L2_BUDGET_BYTES = 32 * 2**20
 """What K and V of one section of heads may take of the 50 MB of L2 (H100)."""
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """Width of a tile: the copy engine fills the columns past ``head_dim`` with zeros."""
-    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+def padded_head_dim(head_dim: int, tiles: Iterable[int]) -> int:
+    """The narrowest width of ``tiles``, FORWARD or BACKWARD, that holds ``head_dim``: the copy engine fills the columns
+    past it with zeros."""
+    return min(width for width in tiles if width >= head_dim)
 
 
 def keys_in_sight(seqlen_k: int, window_left: int, window_right: int) -> int:
