@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from configs.schema import RunConfig
 
 TOKENIZER = "tokenizer.json"
 WATERFALL = ("waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz")
-OURS = ("config.yaml", "metrics.jsonl", "curves.png", TOKENIZER, *WATERFALL, "checkpoints", "wandb", "run.log")
+RECORD = ("metrics.jsonl", "curves.png", *WATERFALL)
+"""What of it tells of the steps that were done."""
+OURS = ("config.yaml", *RECORD, TOKENIZER, "checkpoints", "wandb", "run.log")
 """What a run writes; anything else in the folder is the user's and stays."""
 
 
@@ -77,26 +80,33 @@ def claim(folder: RunFolder, resume: str) -> Iterator[None]:
 
     Only the first rank calls this. Raises `UserError` where the folder can't be written or another run holds it.
     """
-    try:
+    with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.path / ".lock", "a+")  # noqa: SIM115 - held for the whole run
-    except OSError as error:
-        raise UserError(f"run_dir {folder.path} can't be written: {error.strerror}. Give run_dir=PATH.") from error
+        lock = open(folder.path / ".lock", "a+b", buffering=0)  # noqa: SIM115 - held for the whole run
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            owner = lock.read().strip() or "unknown"
+            owner = lock.read().decode().strip() or "unknown"
             raise UserError(
                 f"Another run (process {owner}) is writing to {folder.path}: wait for it, or give run_dir=PATH."
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        if resume == "never":
-            move_aside(folder)
+        with writing(folder.path):
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+            if resume == "never":
+                move_aside(folder)
         yield
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what a disk or its permissions refuse into a `UserError` that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"run_dir {folder} can't be written: {error.strerror}. Give run_dir=PATH.") from error
 
 
 def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
@@ -113,7 +123,14 @@ def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
 
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
-    """Write the resolved config, whole or not at all."""
+    """Write the resolved config, whole or not at all; where the run will save, see now that it can."""
     partial = folder.config.with_suffix(".yaml.tmp")
-    partial.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    partial.replace(folder.config)
+    with writing(folder.path):
+        partial.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        partial.replace(folder.config)
+    if config.train.save_every:
+        with writing(folder.checkpoints):
+            folder.checkpoints.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder.checkpoints) as probe:
+                probe.write(b"checkpoint")
+                probe.flush()

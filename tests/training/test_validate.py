@@ -33,6 +33,8 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         (["train.global_batch_size=16", "train.micro_batch_size=3"], ["train.global_batch_size", "train.micro_batch"]),
         (["model.num_heads=3"], ["model.num_heads"]),
         (["hardware.peak_tflops=-1"], ["hardware.peak_tflops"]),
+        ([f"seed={2**63}"], ["seed is 9223372036854775808", "below"]),
+        (["name="], ["name is empty", "runs/NAME"]),
         (["engine=zero2", "engine.lean_zero3=on"], ["engine.lean_zero3=on", "engine.zero_stage=3", "auto or off"]),
         (["engine=zero2", "optim.fused_step=on"], ["optim.fused_step=on", "zero_stage=0, or 1 or 3", "auto or off"]),
     ],
