@@ -21,7 +21,7 @@ from tests.runs.test_resume import assert_equal_runs
 pytestmark = pytest.mark.slow
 STEPS = 200
 """So many that a busy machine has time to signal a run before it ends."""
-LONG = [f"train.steps={STEPS}", "train.save_every=1000", "model.dropout=0.1"]
+LONG = [f"train.steps={STEPS}", "train.save_every=1000", "train.eval_every=50", "model.dropout=0.1"]
 LAUNCHER = ["--multirun", "hydra/launcher=slurm"]
 
 
