@@ -7,7 +7,7 @@ runs/<name>/
   checkpoints/     step_XXXXXXXX/ and the pointer `latest`
   wandb/           wandb's own files
   run.log          everything that libraries said, and tracebacks
-  previous/N/      what `resume=never` found here and moved aside
+  previous/N/      what `resume=never` found here and moved aside, and the record of a run whose checkpoints are gone
 """
 
 from __future__ import annotations
