@@ -28,6 +28,8 @@ from data import (
     load_tokenizer,
     prepare,
 )
+from data.preparation import Progress as DataProgress
+from data.preparation import ProgressCallback
 from data.progress import show_progress
 from data.report import describe_packing
 from model import build_model, resolve_attention
@@ -40,12 +42,13 @@ from training.batch import data_ranks, resolve_batch
 from training.console import RunSummary, print_summary, short_path
 from training.engine import Engine, build_engine
 from training.hardware import Peak, device_peak
-from training.logging import RunLogger, system_info
+from training.logging import RunLogger, read_metrics, system_info
 from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
 from training.resume import resume
+from training.run import RECORD, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
 from training.session import Session
@@ -111,7 +114,7 @@ class Trainer:
     def _build(self, stack: ExitStack) -> None:
         config, session, processes = self.config, self.session, self.processes
         with show_progress(session.terminal.console) as report:
-            self.corpus = prepare(config.data, report)
+            self.corpus = prepare(config.data, stopping(report, session))
         self.tokenizer = load_tokenizer(self.corpus)
         self.model_config = replace(config.model, vocab_size=vocabulary(config, self.corpus))
         self.replicas = data_ranks(config.engine, processes.world_size)
@@ -127,6 +130,7 @@ class Trainer:
         self.state = resume(self.engine, config, session.folder, self.corpus, session.terminal)
         if processes.is_main:
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
+            self._keep_earlier_metrics()
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
         self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))
@@ -145,6 +149,16 @@ class Trainer:
         stack.enter_context(self.watchdog)
         self.watchdog.compiling()
         self.meter.start()
+
+    def _keep_earlier_metrics(self) -> None:
+        """A run that starts anew beside the record of an earlier one, whose checkpoints are gone, leaves it whole."""
+        folder = self.session.folder
+        if self.state.step == 0 and read_metrics(folder.metrics):
+            kept = move_aside(folder, RECORD)
+            assert kept is not None
+            self.session.terminal.warn(
+                f"there is no checkpoint to go on from: the run starts anew, earlier metrics are in {short_path(kept)}"
+            )
 
     def _loader(self) -> TokenLoader:
         config, processes = self.config, self.processes
@@ -510,6 +524,22 @@ class Trainer:
             world_size=self.processes.world_size,
             wandb_note=self.logger.wandb_note,
         )
+
+
+def stopping(report: ProgressCallback, session: Session) -> ProgressCallback:
+    """`report`, which ends the run once a signal has come: a preparation takes hours, and is gone on with later.
+
+    Each rank goes by its own signal, since the ranks wait for each other in files and not in a collective.
+    """
+
+    def update(progress: DataProgress) -> None:
+        if session.interrupts.requested:
+            reason, code = session.interrupts.reason, session.interrupts.own_exit_code
+            session.terminal.say(f"Stopped by {reason} while preparing the corpus: the same command goes on with it.")
+            raise SystemExit(code)
+        report(progress)
+
+    return update
 
 
 def vocabulary(config: RunConfig, corpus: PreparedData) -> int:

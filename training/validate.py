@@ -91,6 +91,10 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         "logging.wandb_timeout_s": (config.logging.wandb_timeout_s, 0),
         "seed": (config.seed, 0),
     }
+    if config.seed >= 1 << 63:
+        yield f"seed is {config.seed}: it must be below 2^63."
+    if not config.name:
+        yield "name is empty: it names the run folder, runs/NAME, and the run in wandb."
     for key, (value, minimum) in at_least.items():
         if not value >= minimum:
             yield f"{key} is {value}: it must be at least {minimum}."

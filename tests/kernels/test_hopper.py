@@ -143,7 +143,7 @@ CASES += [
 ]
 # Limits that fall on, just before and just after the edges of 64 queries and 128 keys.
 WINDOWS = [(0, 0), (1, 0), (62, -1), (-1, 62), (63, 63), (64, 64), (126, 126), (127, 127), (128, 128), (129, -1)]
-CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
+EDGES = [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -153,32 +153,49 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pairs": {"pairs": True, "named": True},
     "pairs, K and V in registers": {"pairs": True, "kv_registers": True, "named": False},
 }
-"""Backward tiles that are not shipped."""
+"""Backward tiles that are not shipped, or not with every Triton."""
+EDGE_VARIANTS = ("plain",)
+"""Those whose ranges of queries and keys are not the shipped tile's: 64 queries where it has pairs of them."""
+
+
+def variant_tile(variant: str, width: int) -> tuning.BackwardTile | tuning.WideBackwardTile:
+    """The backward's tile at this padded head dim; the shipped one where the variant says nothing of it."""
+    tile = tuning.BACKWARD[width]
+    if width == 64 or (width == 128 and variant in ("named", "adding")):
+        plain = tile if variant == "adding" else tuning.BackwardTile(2, 2)
+        return replace(plain, **VARIANTS[variant])
+    return tile
+
+
+def variants_of(cases: list[Case], *variants: str) -> list[Any]:
+    """Parameters (variant, case) of the cases whose tile a variant changes: with the shipped tile, a case is a test of
+    its own."""
+    pairs = [(variant, case) for variant in variants for case in cases]
+    widths = [tuning.padded_head_dim(case.head_dim) for _, case in pairs]
+    changed = [p for p, width in zip(pairs, widths, strict=True) if variant_tile(p[0], width) != tuning.BACKWARD[width]]
+    return [pytest.param(variant, case, id=f"{case}-{variant}") for variant, case in changed]
 
 
 def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for width, tile in tuning.BACKWARD.items():
-        if width == 64 or (width == 128 and variant in ("named", "adding")):
-            plain = tile if variant == "adding" else tuning.BackwardTile(2, 2)
-            monkeypatch.setitem(tuning.BACKWARD, width, replace(plain, **VARIANTS[variant]))
+    for width in (64, 128):
+        monkeypatch.setitem(tuning.BACKWARD, width, variant_tile(variant, width))
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("variant", "case"), [*variants_of(CASES, *VARIANTS), *variants_of(EDGES, *EDGE_VARIANTS)])
 def test_backward_variants_match_the_formula(
     case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_variant(variant, monkeypatch)
-    # Scratch that nobody wrote must not matter: a pair's second half may lie past the last query.
-    scratch = launch._scratch
-    monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
-    test_emulated_kernels_match_the_formula(case, emulated)
+    test_emulated_kernels_match_the_formula(case, emulated, monkeypatch)
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
+@pytest.mark.parametrize("case", [*CASES, *EDGES], ids=str)
+def test_emulated_kernels_match_the_formula(case: Case, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Scratch that nobody wrote must not matter: a pair's second half may lie past the last query.
+    scratch = launch._scratch
+    monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
     q, k, v, dout, params, extras = inputs(case)
     out, lse = hopper.forward(q, k, v, params, extras, {})
     dlse = torch.randn(lse.shape)
@@ -215,6 +232,10 @@ FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
     "tall, a tile at a time": replace(tuning.FORWARD_LONG[64], ahead=False),
 }
 """Forward tiles for every case, whichever of them is chosen for it."""
+RANGES = {(t.block_m, t.block_n, t.trim, t.ahead, t.overlap): v for v, t in reversed(FORWARD_VARIANTS.items())}
+"""One variant of each shape of tile and each way to go through its key blocks: window edges meet nothing else of it."""
+FORWARD_CASES = [(v, case) for v in FORWARD_VARIANTS for case in CASES if case.head_dim <= 128]
+FORWARD_CASES += [(v, case) for v in RANGES.values() for case in EDGES]
 
 
 def check_forward(case: Case) -> None:
@@ -232,8 +253,7 @@ def check_forward(case: Case) -> None:
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("variant", FORWARD_VARIANTS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.head_dim <= 128], ids=str)
+@pytest.mark.parametrize(("variant", "case"), FORWARD_CASES, ids=str)
 def test_forward_variants_match_the_formula(
     case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,8 +489,7 @@ def test_deterministic_sums_in_ascending_order(case: Case, emulated: None, monke
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("variant", ["named", "pairs"])
-@pytest.mark.parametrize("case", FIXED_ORDER, ids=str)
+@pytest.mark.parametrize(("variant", "case"), variants_of(FIXED_ORDER, "named", "pairs"))
 def test_fixed_order_of_backward_variants(
     case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,8 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
             ["engine.fp8=rowwise", "engine.precision=bf16", "given fp32"],
         ),
         (["engine.fp8=rowwise", "model.mlp_width=100"], ["engine.fp8", "model.mlp_width is 100", "multiples of 16"]),
+        ([f"seed={2**63}"], ["seed is 9223372036854775808", "below"]),
+        (["name="], ["name is empty", "runs/NAME"]),
         (["engine=zero2", "engine.lean_zero3=on"], ["engine.lean_zero3=on", "engine.zero_stage=3", "auto or off"]),
         (["engine=zero3", "engine.lean_zero2=on"], ["engine.lean_zero2=on", "engine.zero_stage=2", "auto or off"]),
         (["engine=zero2", "optim.fused_step=on"], ["optim.fused_step=on", "zero_stage=0, or 1 to 3", "auto or off"]),
