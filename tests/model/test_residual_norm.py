@@ -276,13 +276,16 @@ class TokenSums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def summed(config: ModelConfig, fused: Toggle, compiled: bool = False) -> tuple[dict[str, Tensor], Counter[int]]:
+def summed(
+    config: ModelConfig, fused: Toggle, compiled: bool = False, recompute: bool = False
+) -> tuple[dict[str, Tensor], Counter[int]]:
     """Gradients of two micro-batches, added in place, by parameter name; the widths of the sums over tokens."""
     config = dataclasses.replace(config, fused_norms=fused)
     torch.manual_seed(0)
     model = build_model(config).to(DEVICE)
     sums = {parameter: torch.zeros_like(parameter, requires_grad=False) for parameter in model.parameters()}
     model.bind_sums(sums)
+    model.set_recompute(recompute)
     for block in model.blocks if compiled else ():
         block.compile(backend="aot_eager", fullgraph=True)
     tokens, targets = (t.to(DEVICE) for t in batch(config, size=4))
@@ -310,6 +313,14 @@ def test_biases_are_summed_by_the_norm_that_follows(options: dict[str, Any]) -> 
     wide = {3 * config.width: layers, 4 * config.width: layers}
     assert apart == ({} if options is LLAMA else {config.width: 2 * layers, **wide})
     assert left == ({} if options is LLAMA else apart if config.dropout else wide)
+
+
+def test_recomputed_blocks_sum_biases_once() -> None:
+    config = small()
+    expected, apart = summed(config, Toggle.on)
+    found, left = summed(config, Toggle.on, recompute=True)
+    assert all(torch.equal(total, expected[name]) for name, total in found.items())
+    assert left == apart
 
 
 def test_summed_biases_in_compiled_blocks() -> None:
