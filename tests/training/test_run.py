@@ -77,7 +77,7 @@ def test_full_disk_is_named(full_disk: Path) -> None:
         claim(RunFolder(full_disk), "auto"),
     ):
         pass
-    (full_disk / "rest").write_bytes(bytes(12288))
+    (full_disk / "rest").write_bytes(bytes(8192))
     with claim(RunFolder(full_disk), "auto"), pytest.raises(UserError, match="can't be written: No space left"):
         write_config(RunFolder(full_disk), RunConfig(data=DataConfig(path="x" * 8192)))
 
