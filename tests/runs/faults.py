@@ -296,6 +296,18 @@ def full_disk(job: Job, rank: int) -> None:
     checkpoint.write_shard = write_shard
 
 
+def defect_in_save(job: Job, rank: int) -> None:
+    """One rank's write fails in a way that has nothing to do with the disk."""
+    plain = checkpoint.write_shard
+
+    def write_shard(path: Path, *args: Any) -> Any:
+        if rank == job.fault_rank and f"_{job.at_step:08d}" in path.parent.name:
+            raise TypeError("no such tensor")
+        return plain(path, *args)
+
+    checkpoint.write_shard = write_shard
+
+
 FAULTS: dict[str, Callable[[Job, int], None]] = {
     "die": after_step(die),
     "hang": after_step(hang),
@@ -309,6 +321,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "signal in save": signal_in_save,
     "slow save": slow_save,
     "full disk": full_disk,
+    "defect in save": defect_in_save,
 }
 
 if __name__ == "__main__":

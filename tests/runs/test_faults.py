@@ -191,6 +191,17 @@ def test_full_disk_of_one_rank_ends_all(faults: Faults, tmp_path: Path, rank: in
     faults.finish(tmp_path, ranks=2)
 
 
+def test_a_defect_in_one_ranks_save_ends_all(faults: Faults, tmp_path: Path) -> None:
+    """And not when the others' collective times out."""
+    outcome = faults.start(tmp_path, ranks=2, fault="defect in save", at_step=6, fault_rank=1, codes=[2, 1])
+    assert outcome.seconds < 60
+    said = " ".join(output(tmp_path).split())
+    assert "step_00000006 was not written, earlier ones are as they were: rank 1: TypeError: no such tensor" in said
+    assert "TypeError: no such tensor" in output(tmp_path, 1)
+    assert newest(tmp_path) == 4
+    faults.finish(tmp_path, ranks=2)
+
+
 def test_saves_that_last_longer_than_steps(faults: Faults, tmp_path: Path) -> None:
     """Steps, polls and saves of two ranks interleave, each kind on collectives of its own."""
     faults.start(tmp_path, "train.save_every=1", ranks=2, fault="slow save", codes=[0, 0])
