@@ -95,6 +95,7 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.session.peers.ending()  # the others may be done with it long before, and must not be taken for lost
         if error is not None and not isinstance(error, KeyboardInterrupt):
             with suppress(Exception):  # the first error is the one to tell
                 if self.last is not None and self.last.is_here:

@@ -30,6 +30,7 @@ from tests.training.driver import warm_up
 from training import checkpoint, trainer, watchdog
 from training.checkpoint import Shard, Snapshot
 from training.engine import Engine
+from training.logging import RunLogger
 from training.metrics import ThroughputMeter
 from training.profile import StepProfiler
 from training.step import Step
@@ -249,6 +250,19 @@ def fail_on_a_stuck_device(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def slow_wandb(job: Job, rank: int) -> None:
+    """A step that fails on all ranks, and a server that holds up the end of one for longer than the others' grace."""
+    in_forward(nan_gradient)(job, rank)
+    plain = RunLogger.finish
+
+    def finish(self: RunLogger, exit_code: int = 0) -> None:
+        if rank == job.fault_rank:
+            time.sleep(4 * watchdog.GRACE_S)
+        plain(self, exit_code)
+
+    RunLogger.finish = finish  # type: ignore[method-assign]
+
+
 def signal_in_evaluation(job: Job, rank: int) -> None:
     plain = trainer.evaluation_batches
 
@@ -317,6 +331,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "nan": in_forward(nan_gradient),
     "spike": in_forward(lambda sums: sums * 1e4),
     "fail on a stuck device": in_forward(fail_on_a_stuck_device),
+    "slow wandb": slow_wandb,
     "signal in evaluation": signal_in_evaluation,
     "signal in save": signal_in_save,
     "slow save": slow_save,

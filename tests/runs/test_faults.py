@@ -134,6 +134,13 @@ def test_an_error_on_one_rank_reaches_the_user(faults: Faults, tmp_path: Path) -
     faults.finish(tmp_path, ranks=2)
 
 
+def test_an_error_on_all_ranks_is_told_as_it_is_however_long_wandb_takes(faults: Faults, tmp_path: Path) -> None:
+    """Rank 1 is gone while rank 0 still waits for the server, and is not to blame."""
+    faults.start(tmp_path, ranks=2, fault="slow wandb", at_step=5, codes=[2, 2])
+    assert "Step 5 has a non-finite loss or gradient" in output(tmp_path)
+    assert "Rank 1 on" not in output(tmp_path)
+
+
 def test_a_hang_ends_with_all_stacks(faults: Faults, tmp_path: Path) -> None:
     outcome = faults.start(
         tmp_path,
