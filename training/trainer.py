@@ -472,7 +472,10 @@ class Trainer:
             self.saved_at = self.state.step
 
     def finish(self) -> None:
-        """Evaluate and save what the last step left undone; say where things are and what to run next."""
+        """Evaluate and save what the last step left undone; say where things are and what to run next.
+
+        Raises `UserError` where a signal asks for another start, which would have nothing to go on from.
+        """
         self.learn()
         train, state = self.config.train, self.state
         stopped = self.session.interrupts.poll()
@@ -487,9 +490,21 @@ class Trainer:
                 self._plot()
         self.meter.report()  # what the last log line didn't cover
         self.cleanup.close()
-        self.logger.finish()
+        lost = self.exit_code != 0 and not train.save_every
+        self.logger.finish(1 if lost else 0)
         if self.processes.is_main:
             print_summary(self.session.terminal, self._summary(stopped))
+        if lost:
+            raise UserError(
+                "SIGUSR1 asks for another start, and with train.save_every=0 nothing is saved: it would begin at step "
+                f"{self.first_step:,} again, and not after step {state.step:,} of {train.steps:,}. "
+                "Give a train.save_every above 0; a signal saves too then."
+            )
+
+    @property
+    def exit_code(self) -> int:
+        """After `finish`: 0, or `REQUEUE_EXIT_CODE` if a signal asks for another start and steps are left for it."""
+        return self.session.interrupts.exit_code if self.state.step < self.config.train.steps else 0
 
     def _summary(self, stopped: bool) -> RunSummary:
         return summarise(

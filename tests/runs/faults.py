@@ -197,6 +197,11 @@ def hang() -> None:
     time.sleep(2 * DEADLINE_S)
 
 
+def ask_for_a_requeue() -> None:
+    """As SLURM does before a job's time limit."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def fail() -> None:
     raise ValueError("the card has fallen off")
 
@@ -326,6 +331,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "die": after_step(die),
     "hang": after_step(hang),
     "fail": after_step(fail),
+    "requeue": after_step(ask_for_a_requeue),
     "wandb": after_step(kill_children),
     "die while others wait": die_while_others_wait,
     "nan": in_forward(nan_gradient),

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from configs.errors import REQUEUE_EXIT_CODE
 from tests.runs.conftest import ENVIRONMENT, ROOT, TINY, losses, rows
 from tests.runs.faults import Driver, Job, Outcome, output
 from tests.runs.test_resume import assert_equal_runs
@@ -268,6 +269,21 @@ def test_sigterm_at_a_bad_time(faults: Faults, tmp_path: Path, fault: str, step:
     assert step <= done < STEPS
     assert newest(tmp_path) == done
     faults.finish(tmp_path)
+
+
+def test_a_requeue_is_asked_for_only_where_there_is_something_to_go_on_from(faults: Faults, tmp_path: Path) -> None:
+    """With train.save_every=0 each start would do the same steps and be stopped in them again."""
+    nothing_saved = "train.save_every=0"
+    faults.start(tmp_path, nothing_saved, ranks=2, fault="requeue", at_step=5, fault_rank=1, codes=[2, 2])
+    said = " ".join(output(tmp_path).split())
+    assert "with train.save_every=0 nothing is saved: it would begin at step 0 again, and not after step 5" in said
+    assert "the same command again" not in said
+    faults.start(tmp_path, nothing_saved, ranks=2, fault="requeue", at_step=STEPS, codes=[0, 0])  # none is needed
+    faults.start(
+        tmp_path, "resume=never", ranks=2, fault="requeue", at_step=5, fault_rank=1, codes=[REQUEUE_EXIT_CODE] * 2
+    )
+    assert newest(tmp_path) == 5
+    faults.finish(tmp_path, ranks=2)
 
 
 def test_wandb_killed(faults: Faults, tmp_path: Path) -> None:
