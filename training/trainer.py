@@ -125,7 +125,7 @@ class Trainer:
         self.engine = build_engine(model, config, self.plan, processes)
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
-        self.state = resume(self.engine, config, session.folder, self.corpus, session.terminal)
+        self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
         if processes.is_main:
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
         self.first_step = self.saved_at = self.state.step
