@@ -19,6 +19,8 @@ MAX_DIFFERENCES = 12
 """Differing keys that are listed one by one."""
 SAMPLE_KEYS = ("model.sequence_length", "data.packing")
 """They say what a sample is: with others, so many samples are another place in the corpus."""
+DIVISION = "data.shard_tokens"
+"""Where the corpus is divided into shards, by which its hash goes."""
 
 
 def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
@@ -73,19 +75,41 @@ def resume(
         terminal.warn(message)
     terminal.say(f"Going on from {short_path(loaded.path)}, {loaded.state.step:,} steps done.")
     state = loaded.state
-    differences = compare_configs(loaded.manifest.config, config)
+    differences: list[Difference] = []
     if state.step > 0:  # a checkpoint of step 0 is an imported model, of which nothing has to stay
-        report_differences(differences, terminal)
+        differences = judged(compare_configs(loaded.manifest.config, config), corpus)
+    report_differences(differences, terminal)
     if any(difference.key in SAMPLE_KEYS for difference in differences):
         state = replace(state, consumed_samples=loader.position_after(state.tokens_seen))
         report_position(loaded.state, state, config, terminal)
     if state.corpus_hash not in (None, corpus.content_hash):
-        terminal.warn(
-            "the corpus differs from the one of the checkpoint: its position, "
-            f"{state.consumed_samples:,} samples, now means other text"
-        )
+        if only_divided(differences):
+            terminal.say("  the corpus is in other shards, so that its hash can't be compared with the checkpoint's")
+        else:
+            terminal.warn(
+                "the corpus differs from the one of the checkpoint: its position, "
+                f"{state.consumed_samples:,} samples, now means other text"
+            )
     own = folder.path.resolve() in loaded.path.resolve().parents
     return replace(state, corpus_hash=corpus.content_hash, wandb_id=state.wandb_id if own else None)
+
+
+def judged(differences: list[Difference], corpus: PreparedData) -> list[Difference]:
+    """The same differences; `data.shard_tokens` matters where a document doesn't fit into a shard, which cuts it."""
+
+    def look(difference: Difference) -> Difference:
+        if difference.key != DIVISION:
+            return difference
+        longest = max(int(split.document_lengths().max(initial=0)) for split in (corpus.train, corpus.validation))
+        return replace(difference, matters=longest >= min(difference.saved, difference.current))
+
+    return sorted(map(look, differences), key=lambda difference: not difference.matters)
+
+
+def only_divided(differences: list[Difference]) -> bool:
+    """Whether the corpus is the same text in other shards, as far as the config says."""
+    of_data = {difference.key: difference.matters for difference in differences if difference.key.startswith("data.")}
+    return DIVISION in of_data and not any(of_data.values())
 
 
 def report_position(saved: TrainState, now: TrainState, config: RunConfig, terminal: Terminal) -> None:

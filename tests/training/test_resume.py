@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.schema import MixtureSource, Packing, RunConfig, Source
-from data import PreparedData, TokenLoader, prepare
+from data import PreparedData, TokenLoader, prepare, prepare_tokenizer
 from tests.data.conftest import jsonl_config, make_texts, write_jsonl
 from tests.training.conftest import Build, run_config
 from training import checkpoint
@@ -48,6 +48,7 @@ def saved(build: Build, corpus: Path, tmp_path: Path) -> Engine:
     """Whose checkpoint lies in `tmp_path`: 20 samples of 32 tokens, in the order of the corpus."""
     config = run_config()
     config.data = jsonl_config(corpus, tmp_path / "cache", shuffle=False)
+    config.data.tokenizer = str(prepare_tokenizer(config.data))  # the same for any part of the corpus
     config.model.sequence_length = 32
     one = build(config)
     prepared = prepare(config.data)
@@ -124,7 +125,6 @@ def test_packing_goes_on_after_about_as_many_tokens(saved: Engine, corpus: Path,
         sources = [("texts", corpus, 1.0), ("words", words, 3.0)]
         changes["mixture"] = [MixtureSource(name, w, source=Source.jsonl, path=str(p)) for name, p, w in sources]
         changes["path"] = None
-        changes["tokenizer"] = str(prepare(saved.config.data).tokenizer_path)
     state, loader, _ = go_on(saved, tmp_path, said, **changes)
     assert loader.packing is not None
     fill = loader.packing.row_tokens
@@ -134,3 +134,26 @@ def test_packing_goes_on_after_about_as_many_tokens(saved: Engine, corpus: Path,
     assert state.consumed_samples == loader.position_after(SEEN * 32)
     if not mixed:
         assert loader.position_after(3 * int(fill.sum())) == 3 * loader.samples_per_epoch
+
+
+def test_other_shards_are_the_same_text(saved: Engine, tmp_path: Path) -> None:
+    said = Said()
+    state, _, prepared = go_on(saved, tmp_path, said, shard_tokens=1000)
+    assert len(prepared.train.info.shards) > len(prepare(saved.config.data).train.info.shards)
+    assert (state.consumed_samples, state.corpus_hash) == (SEEN, prepared.content_hash)
+    assert said.warnings == []
+    assert "  data.shard_tokens was 2000, is 1000: changes rounding, speed or output at most" in said.remarks
+    assert any("its hash can't be compared" in remark for remark in said.remarks)
+
+
+@pytest.mark.parametrize(("changes", "key"), [({}, "data.shard_tokens"), ({"max_documents": 60}, "data.max_documents")])
+def test_shards_that_cut_documents_are_other_text(
+    saved: Engine, tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    """As are those of other documents."""
+    said = Said()
+    go_on(saved, tmp_path, said, shard_tokens=1000 if changes else 100, **changes)
+    assert len(said.warnings) == 2
+    assert said.warnings[0].startswith(f"{key} was ")
+    assert "goes on differently" in said.warnings[0]
+    assert "the corpus differs from the one of the checkpoint" in said.warnings[1]
