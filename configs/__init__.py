@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from configs import schema
-from configs.errors import UserError
+from configs.errors import INTERRUPTED_EXIT_CODE, UserError
 from configs.messages import config_error, leaf_keys, schema_keys, unknown_key
 
 if TYPE_CHECKING:
@@ -127,21 +127,22 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
     sys.argv[1:] = overrides_last(strip_launcher_flags(sys.argv[1:]))
     argv = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]  # a job on another machine has a command line of its own
-    composed: list[Config] = []  # the task runs when Hydra is done: its errors are its own, and it may compose
+    trees: list[DictConfig] = []  # the task runs when Hydra is done: its errors are its own, and it may compose
     sweep_codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)
     def entry(tree: DictConfig) -> int:
-        config = cast(Config, to_dataclass(tree, config_name))
         job = HydraConfig.get()
         if job.mode != RunMode.MULTIRUN:
-            composed.append(config)
+            trees.append(tree)
             return 0
+        config = to_dataclass(tree, config_name)
         sweep_codes.append(run_sweep_job(config, argv, list(job.overrides.task), job.job.num))
         return sweep_codes[-1]
 
     try:
         entry()
+        composed = [cast(Config, to_dataclass(tree, config_name)) for tree in trees]
     except (HydraException, OmegaConfBaseException, ValueError, UserError) as error:
         if want_traceback:
             raise
@@ -156,6 +157,11 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
         if want_traceback:
             raise
         sys.exit(say(error))
+    except KeyboardInterrupt:
+        if want_traceback:
+            raise
+        print("Interrupted.", file=sys.stderr)  # noqa: T201 - there is no run's terminal here
+        sys.exit(INTERRUPTED_EXIT_CODE)
 
 
 def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequence[str], number: int) -> int:

@@ -4,6 +4,8 @@ USER_ERROR_EXIT_CODE = 2
 """A wrong key, value, file or option."""
 OUT_OF_MEMORY_EXIT_CODE = 3
 """The GPU's memory does not suffice for the model at this micro-batch."""
+INTERRUPTED_EXIT_CODE = 130
+"""Ctrl-C, as shells have it."""
 OUT_OF_MEMORY = "Out of GPU memory"
 """How the message of that begins."""
 

@@ -87,6 +87,14 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+class Fp8(StrEnum):
+    """How the blocks' linear layers scale what they multiply in 8-bit floating point (`engine.fp8`)."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
+
+
 class Recompute(StrEnum):
     """Activation checkpointing: nothing, or whole blocks, recomputed in the backward pass."""
 
@@ -183,8 +191,9 @@ class ModelConfig:
     fused: Toggle = Toggle.auto
     """Our Triton kernel for the softmax of the loss. auto: on CUDA. off: PyTorch operations, as on a CPU."""
     fused_norms: Toggle = Toggle.auto
-    """Our Triton kernels for a block's norms with the residual sums around them. auto: on CUDA. off: PyTorch
-    operations, which `engine.compile` fuses in part."""
+    """Our Triton kernels for the norms with the residual sums around them, which with `engine.fuse_weight_gradients`
+    also sum the gradients of the biases before them. auto: on CUDA. off: PyTorch operations, which `engine.compile`
+    fuses in part."""
 
 
 @dataclass
@@ -286,9 +295,9 @@ class OptimConfig:
     """Largest norm of the global gradient. 0: off."""
     fused_step: Toggle = Toggle.auto
     """Our Triton kernel that clips, updates, rounds the weights and empties the gradients' sums in one pass. auto: on
-    CUDA at stage 0, and in bf16 at stages 1 and 3 (`engine.lean_zero3`) with `engine.fp32_accumulation` and without
-    offload. off: PyTorch's AdamW, and the rest apart. With it, but not in fp16, the device decides whether to step too:
-    the host doesn't wait for the loss and the norm, and logs them when the next step is queued."""
+    CUDA at stage 0, and in bf16 at stages 1 to 3 (`engine.lean_zero2`, `lean_zero3`) with `engine.fp32_accumulation`
+    and without offload. off: PyTorch's AdamW, and the rest apart. With it, but not in fp16, the device decides whether
+    to step too: the host doesn't wait for the loss and the norm, and logs them when the next step is queued."""
 
 
 @dataclass
@@ -342,6 +351,10 @@ class EngineConfig:
     """0: replicate, 1: shard optimizer states, 2: gradients as well, 3: parameters as well."""
     precision: Precision = Precision.auto
     """Arithmetic. bf16 and fp16 keep fp32 master weights."""
+    fp8: Fp8 = Fp8.none
+    """Products of the blocks' linear layers in 8-bit floating point, forward and for the inputs' gradients; needs bf16,
+    and on a GPU compute capability 8.9. tensorwise: one scale a tensor, gradients in e5m2. rowwise: one a row, all in
+    e4m3, more exact. It changes what is trained: compare losses. none: off."""
     fp32_accumulation: bool = True
     """Sum gradients of micro-batches in fp32. False: in the model's dtype (less memory, less exact)."""
     loss_scale: float = 0.0
@@ -365,8 +378,11 @@ class EngineConfig:
     """`torch.compile` of each block. auto: on CUDA."""
     fuse_weight_gradients: Toggle = Toggle.auto
     """Add weight gradients to the fp32 sums over micro-batches inside the products that make them, unrounded. auto: in
-    bf16 at stages 0 and 1, on one rank also at 3 with lean_zero3; with fp32_accumulation and without offload. off:
-    round them to bf16 and add them apart."""
+    bf16 at stages 0 and 1, on one rank also at 2 with lean_zero2 and 3 with lean_zero3; with fp32_accumulation and
+    without offload. off: round them to bf16 and add them apart."""
+    lean_zero2: Toggle = Toggle.auto
+    """At stage 2, sum gradients and step by our own code instead of DeepSpeed's, which copies more and on several ranks
+    sends twice the bytes: each gradient to all. auto: with fp32_accumulation and without offload. off: DeepSpeed's."""
     lean_zero3: Toggle = Toggle.auto
     """At stage 3, sum gradients and step by our own code instead of DeepSpeed's, which copies and waits more. auto:
     with fp32_accumulation and without offload. off: DeepSpeed's."""

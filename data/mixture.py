@@ -25,7 +25,7 @@ class MixedDataset(TokenDataset):
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], parts: Sequence[TokenDataset]) -> None:
         """`weights` need not add up to one. The parts have the same dtype."""
-        super().__init__(Path(), SplitInfo(), parts[0].dtype.str)
+        super().__init__(Path(), SplitInfo(), parts[0].dtype.str, parts[0].vocab_size)
         for part in parts:
             self.extend(part)
         self.names, self.parts = tuple(names), tuple(parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -54,6 +55,8 @@ from data.tokenizer import (
     train_tokenizer,
 )
 from data.worker import text_hash
+
+_LOG = logging.getLogger(__name__)
 
 STATE = "state.json"
 STATE_INTERVAL_S = 10.0
@@ -156,7 +159,8 @@ def prepare(config: DataConfig, progress: ProgressCallback | None = None) -> Pre
     """The corpus that `config` describes, prepared now if it is not in `data.cache_dir` yet.
 
     Several processes may call this at once: one works, the others wait for it. `progress` is called a few times a
-    second, on the calling thread. Raises DataError for all that a user can change.
+    second, on the calling thread; what it raises ends the call, and the next one goes on from there. Raises DataError
+    for all that a user can change.
     """
     if config.mixture:
         return _prepare_mixture(config, progress or _ignore)
@@ -180,7 +184,11 @@ def open_prepared(folder: Path, verify: bool = False) -> PreparedData:
         raise DataError(
             f"{folder} has format {manifest.format}, this version reads {FORMAT}. Prepare the corpus again."
         )
-    train, validation = (TokenDataset(folder / name, manifest.splits[name], manifest.dtype) for name in SPLITS)
+    if manifest.dtype != token_dtype(manifest.vocab_size):
+        raise damaged(folder / MANIFEST, f"dtype {manifest.dtype} for a vocabulary of {manifest.vocab_size}")
+    train, validation = (
+        TokenDataset(folder / name, manifest.splits[name], manifest.dtype, manifest.vocab_size) for name in SPLITS
+    )
     if verify:
         train.verify()
         validation.verify()
@@ -198,7 +206,7 @@ def _prepare_mixture(config: DataConfig, report: ProgressCallback) -> PreparedDa
     names = [entry.name for entry in config.mixture]
     first = sources[0]
     train = MixedDataset(names, [entry.weight for entry in config.mixture], [source.train for source in sources])
-    validation = TokenDataset(first.folder, SplitInfo(), first.manifest.dtype)
+    validation = TokenDataset(first.folder, SplitInfo(), first.manifest.dtype, first.vocab_size)
     for source in sources:
         validation.extend(source.validation)
     keys = {name: source.corpus_key for name, source in zip(names, sources, strict=True)}
@@ -227,8 +235,21 @@ def prepare_tokenizer(config: DataConfig, progress: ProgressCallback | None = No
 
 
 def load_tokenizer(prepared: PreparedData) -> Tokenizer:
-    """The tokenizer of a prepared corpus."""
-    return Tokenizer.from_file(str(prepared.tokenizer_path))
+    """The tokenizer of a prepared corpus. Raises DataError where the file can't be read or has another vocabulary.
+
+    One of the same vocabulary, but another definition, is a warning: it decodes, and may only be of another version.
+    """
+    path, manifest = prepared.tokenizer_path, prepared.manifest
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for what it can't parse
+        raise damaged(path, str(error)) from error
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if vocabulary.get(manifest.eos_token) != manifest.eos_id or max(vocabulary.values()) + 1 != manifest.vocab_size:
+        raise damaged(path, "it has another vocabulary than the corpus was prepared with")
+    if inspect_tokenizer(tokenizer, manifest.eos_token).hash != manifest.tokenizer_hash:
+        _LOG.warning(f"{path} is not the tokenizer that the corpus was prepared with, or another version wrote it")
+    return tokenizer
 
 
 def _ignore(_: Progress) -> None:
@@ -268,11 +289,13 @@ def _locked(path: Path, report: ProgressCallback) -> Iterator[None]:
     """Holds a lock file; the system releases it when its holder dies, however that happens."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report(Progress("wait", None, 0, 0, 0))
-        lock.acquire()
+    patience_s = 0.0
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=patience_s)
+        except Timeout:
+            report(Progress("wait", None, 0, 0, 0))
+            patience_s = REPORT_INTERVAL_S
     try:
         yield
     finally:

@@ -73,7 +73,7 @@ class _Lines:
         if progress.stage != self.stage:
             self.stage, self.first, self.begin, self.last = progress.stage, progress, now, now
             self.console.print(f"{_TITLES[progress.stage]} ...", highlight=False)
-        elif progress.fraction == 1.0 or now - self.last > LINE_INTERVAL_S:
+        elif progress.stage != "wait" and (progress.fraction == 1.0 or now - self.last > LINE_INTERVAL_S):
             self.last = now
             share = "" if progress.fraction is None else f"{progress.fraction:.0%}, "
             words = amounts(progress, self.first, self.begin)

@@ -237,9 +237,13 @@ class _HashedFile:
 class TokenDataset:
     """The tokens of a split, memory-mapped: one stream of `num_tokens` ids, cut into documents."""
 
-    def __init__(self, folder: Path, info: SplitInfo, dtype: str) -> None:
-        """Maps the shards of `folder`. Raises DataError naming the file where a size differs from the manifest."""
+    def __init__(self, folder: Path, info: SplitInfo, dtype: str, vocab_size: int | None = None) -> None:
+        """Maps the shards of `folder`. Raises DataError naming the file where a size differs from the manifest.
+
+        vocab_size: ids are below this, which `read` checks. None: as many as the dtype has.
+        """
         self.info, self.dtype = info, np.dtype(dtype)
+        self.vocab_size = vocab_size if vocab_size is not None else 1 << 8 * self.dtype.itemsize
         self._paths = [shard_paths(folder, index) for index in range(len(info.shards))]
         self._tokens: list[npt.NDArray[Any]] = []
         self._documents: list[npt.NDArray[np.int64]] = []
@@ -255,7 +259,7 @@ class TokenDataset:
         self._firsts: list[int] = self._starts.tolist()
 
     def extend(self, other: TokenDataset) -> None:
-        """Lays the tokens of `other`, of the same dtype, behind those that are here. Copies nothing."""
+        """Lays the tokens of `other`, of the same dtype and vocabulary, behind those that are here. Copies nothing."""
         assert other.dtype == self.dtype, f"{other.dtype} behind {self.dtype}"
         self.info = SplitInfo([*self.info.shards, *other.info.shards], self.info.num_bytes + other.info.num_bytes)
         self._paths += other._paths
@@ -269,7 +273,10 @@ class TokenDataset:
         return self.num_bytes / max(self.num_tokens, 1)
 
     def read(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
-        """(n, length) token ids in the dtype of the shards: row i is the stream from `starts[i]` on."""
+        """(n, length) token ids in the dtype of the shards: row i is the stream from `starts[i]` on.
+
+        Raises DataError for an id that the vocabulary doesn't have: a GPU would stop at it without saying where.
+        """
         rows = np.empty((len(starts), length), self.dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
             shard, done = bisect_right(self._firsts, start) - 1, 0
@@ -279,7 +286,14 @@ class TokenDataset:
                 row[done : done + len(part)] = part
                 done += len(part)
                 shard += 1
+        if rows.size and int(rows.max()) >= self.vocab_size:
+            raise self._foreign_id(starts[int((rows >= self.vocab_size).any(axis=1).argmax())])
         return rows
+
+    def _foreign_id(self, start: np.int64) -> DataError:
+        """The error for a row from `start` on that holds an id past the vocabulary."""
+        path = self._paths[bisect_right(self._firsts, int(start)) - 1][0]
+        return damaged(path, f"it holds ids from {self.vocab_size} on, which its vocabulary doesn't have")
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Positions in the stream, sorted, of the documents that begin in [start, stop)."""

@@ -134,8 +134,15 @@ def _download(name: str, file: str, cache_dir: Path) -> Path:
 def _named_separator(config: Path) -> str | None:
     if not config.is_file():
         return None
-    token = json.loads(config.read_text("utf-8")).get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+    try:
+        value = json.loads(config.read_text("utf-8"))
+        token = value.get("eos_token")
+        name = token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"data.tokenizer: {config} is not a tokenizer_config.json: {error}") from error
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"data.tokenizer: {config}: eos_token is {name!r}, not the text of a token.")
+    return name
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

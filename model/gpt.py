@@ -9,22 +9,23 @@ them, and no forward waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError
-from configs.schema import ModelConfig, Position
+from configs.schema import Fp8, ModelConfig, Position
 from model.attention import Context, SelfAttention, resolve_attention
 from model.checks import check
 from model.dimensions import resolve_dimensions
 from model.init import Embedding, Linear, initialise
-from model.layers import MLP, alibi_slopes, build_norm, rotary_tables, token_positions
+from model.layers import MLP, alibi_slopes, rotary_tables, token_positions
 from model.loss import Head
-from model.residual_norm import ResidualNorm
+from model.residual_norm import ResidualNorm, norms_run_fused
 from model.sequence import SequenceGroup, own_part
+from model.weight_gradient import bind_sums
 
 __all__ = ["GPT", "Block", "build_model", "check"]
 
@@ -63,7 +64,7 @@ class GPT(nn.Module):
         self.position = Embedding(sizes.sequence_length, sizes.width, std=std) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(sizes.num_layers))
-        self.norm = build_norm(config, sizes.width)
+        self.norm = ResidualNorm(config, sizes.width)
         self.head = Head(config, sizes, tied=self.embedding.weight if config.tied_embeddings else None)
 
     def forward(
@@ -96,8 +97,8 @@ class GPT(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = self.run_block(block, x, context)
-        x = self.norm(x[:, -1:] if last_only else x)
-        out: Tensor = self.head(x, targets if targets is None else own_part(targets, group))
+        _, normed = self.norm(x[:, -1:] if last_only else x)
+        out: Tensor = self.head(normed, targets if targets is None else own_part(targets, group))
         return out
 
     def context(
@@ -160,9 +161,36 @@ class GPT(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.recompute = recompute
 
+    def set_fp8(self, recipe: Fp8) -> None:
+        """Multiply in fp8 in the blocks' linear layers. Embeddings and head stay: their rows and logits differ in size
+        the most."""
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                module.fp8 = recipe
+
     def set_sequence_group(self, group: SequenceGroup | None) -> None:
         """Share the tokens of each sample with the ranks of a group when computing losses."""
         self.sequence = group
+
+    def bind_sums(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Have gradients added to `sums`, fp32 tensors of the parameters' shapes (see `model.weight_gradient`).
+
+        The biases of the layers that write into the residual stream are summed by the norms that follow, where these
+        run as our kernel, and no dropout stands between.
+        """
+        bind_sums(self, sums)
+        config, total = self.config, next(iter(sums.values()))
+        fused = norms_run_fused(config.fused_norms, total.device, self.sizes.width)
+        if not (config.bias and fused and config.dropout == 0):
+            return
+        shift: Tensor | None = torch.zeros(self.sizes.width, device=total.device)
+        for block in self.blocks:
+            # The first block has the embeddings before it, which have no bias: its sum is nobody's, and there so that
+            # all blocks are one compiled graph.
+            block.attention_norm.shift_sum = shift
+            block.mlp_norm.shift_sum, block.attention.proj.bias_sum = block.attention.proj.bias_sum, None
+            shift, block.mlp.down.bias_sum = block.mlp.down.bias_sum, None
+        self.norm.shift_sum = shift
 
     def compile_blocks(self) -> None:
         """Compile each block by itself: equal blocks share one compilation, and the names of parameters stay.

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.schema import Fp8
+from model.fp8 import fp8_linear
 from model.weight_gradient import SumsGradients, summed_embedding, summed_linear
 
 
@@ -33,6 +35,9 @@ def init_table(weight: Tensor, std: float, num_used: int) -> None:
 class Linear(SumsGradients, nn.Linear):
     """A linear layer that draws its weights with standard deviation `std`; its bias starts at zero."""
 
+    fp8: Fp8 = Fp8.none
+    """Whether and how it multiplies in fp8; see `GPT.set_fp8`."""
+
     def __init__(self, in_features: int, out_features: int, *, bias: bool, std: float) -> None:
         self.std = std  # before the parent's constructor, which calls `reset_parameters`
         super().__init__(in_features, out_features, bias=bias)
@@ -43,6 +48,8 @@ class Linear(SumsGradients, nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not Fp8.none:
+            return fp8_linear(x, self.weight, self.bias, self.weight_sum, self.bias_sum, self.fp8)
         if self.weight_sum is None:
             return super().forward(x)
         return summed_linear(x, self.weight, self.bias, self.weight_sum, self.bias_sum)

@@ -12,17 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import Activation, ModelConfig, Norm
+from configs.schema import Activation, ModelConfig
 from model.dimensions import Dimensions
 from model.init import Linear, residual_std
-
-
-def build_norm(config: ModelConfig, width: int) -> nn.Module:
-    """The normalisation of a (..., `width`) tensor. PyTorch's kernels keep the statistics of bf16 input in fp32."""
-    if config.norm is Norm.rmsnorm:
-        return nn.RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
-
 
 GELU_SCALE, GELU_CUBIC = math.sqrt(8 / math.pi), 0.044715
 

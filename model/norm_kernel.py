@@ -6,18 +6,22 @@ and backward, with n = (s - m)·r, g = dy·w, and ds the gradient that reaches s
 
     dx = df = ds + r·(g - mean(g) - n·mean(g·n)),   dw = Σ dy·n,   db = Σ dy               RMSNorm: no mean(g)
 
+Where x or f comes from a layer with a bias c, its gradient is dc = Σ dx. It is summed here on demand: summed by that
+layer, dx would be read again.
+
 Forward reads x and f and writes s and y, backward reads dy, ds and s and writes dx: 8 elements a token and channel,
 the least there is. A program of the forward pass has one row, or with `per_sm` goes through rows as one of the backward
 pass does. The backward pass has few programs, each of which goes through every `num_programs`-th row and keeps its part
-of dw and db in registers, so that no second pass over dy and s makes them; their sum over programs is left to the
-caller, and in the same order each time. s is rounded to its dtype before it is normalised, as if it had been stored and
-loaded; arithmetic and statistics are fp32.
+of dw, db and dc in registers, so that no second pass over dy, s and dx makes them. Their sum over programs is left to
+the caller, or to a kernel of its own that adds all of them to where gradients are summed; in the same order each time.
+s is rounded to its dtype before it is normalised, as if it had been stored and loaded; arithmetic and statistics are
+fp32.
 
 A row is held whole, as one tile of the next power of two or as two: 2,560 = 2,048 + 512. How it is done (tiles, warps,
 what is loaded ahead) is a `ForwardSchedule` and a `BackwardSchedule`; results don't depend on it but for the order of
 sums.
 
-N rows, E width, P programs, K = 2 with bias or 1 without; C columns of a tile.
+N rows, E width, P programs, K from 1 to 3: dw, db and dc, as many as there are; C columns of a tile.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -42,6 +46,11 @@ MAX_WIDTH = 16384
 WARPS_PER_SM = 16
 """Of the plain backward kernel: its 128 registers a thread (sm_90, widths 768 to 8,192) allow no more."""
 REGISTERS_PER_SM = 65536
+SHIFT_WIDTHS = (768, 1024, 1600, 2048, 2560, 4096, 5120)
+"""Of the compile check with dc: GPT-2's and GPT-3's."""
+PARTS_ROWS, PARTS_COLUMNS = 256, 32
+"""Tile of the kernel that sums parts. A row of it is one line of the cache; at width 2,560 its 240 programs run at once
+on 132 SMs."""
 CPU_PROGRAMS = 3
 """Programs that go through rows in Triton's interpreter."""
 
@@ -104,6 +113,8 @@ BACKWARD: dict[int, BackwardSchedule] = {
     2048: BackwardSchedule(warps=4, per_sm=4, stages=3, early=True, joint=True),
     2560: BackwardSchedule(warps=8, split=True, per_sm=2, ahead=True, early=True, joint=True),
 }
+PER_SM_WITH_SHIFT = {2048: 3}
+"""By width, `per_sm` where the registers of dc leave room for fewer programs (168 a thread instead of 128)."""
 
 
 def forward_schedule(width: int) -> ForwardSchedule:
@@ -111,10 +122,11 @@ def forward_schedule(width: int) -> ForwardSchedule:
     return FORWARD.get(int(width)) or ForwardSchedule(warps_of(triton.next_power_of_2(width)))
 
 
-def backward_schedule(width: int) -> BackwardSchedule:
-    """How the backward kernel is run at this width."""
+def backward_schedule(width: int, has_shift: bool) -> BackwardSchedule:
+    """How the backward kernel is run at this width, with dc or without."""
     warps = warps_of(triton.next_power_of_2(width))
-    return BACKWARD.get(int(width)) or BackwardSchedule(warps, per_sm=WARPS_PER_SM // warps)
+    found = BACKWARD.get(int(width)) or BackwardSchedule(warps, per_sm=WARPS_PER_SM // warps)
+    return dataclasses.replace(found, per_sm=PER_SM_WITH_SHIFT.get(int(width), found.per_sm)) if has_shift else found
 
 
 def forward_candidates(width: int) -> dict[str, ForwardSchedule]:
@@ -386,12 +398,13 @@ def _add_norm_backward_kernel(
     weight_ptr,  # (E,)
     stats_ptr,  # (2, N) or (1, N) fp32
     d_x_ptr,  # (N, E)
-    parts_ptr,  # (K, P, E) fp32: dw, then db
+    parts_ptr,  # (K, P, E) fp32: dw, with HAS_BIAS db, with HAS_SHIFT dc
     num_rows,
     width,
     HAS_STREAM: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
     EXACT: tl.constexpr,
@@ -405,10 +418,12 @@ def _add_norm_backward_kernel(
     weight = _load(weight_ptr, 0, width, 0, MAIN, EXACT, "").to(tl.float32)
     d_weight = tl.zeros((MAIN,), dtype=tl.float32)
     d_bias = tl.zeros((MAIN,), dtype=tl.float32)
+    d_shift = tl.zeros((MAIN,), dtype=tl.float32)
     if REST:
         weight_rest = _load(weight_ptr, 0, width, MAIN, REST, EXACT, "").to(tl.float32)
         d_weight_rest = tl.zeros((REST,), dtype=tl.float32)
         d_bias_rest = tl.zeros((REST,), dtype=tl.float32)
+        d_shift_rest = tl.zeros((REST,), dtype=tl.float32)
     if EARLY:
         next_r = tl.load(stats_ptr + program)
         next_mean = next_r
@@ -488,17 +503,61 @@ def _add_norm_backward_kernel(
                 d_sum_rest = _load(d_sum_ptr, row, width, MAIN, REST, EXACT, EVICT)
         d_x = _gradient(g, n, r, along, level, d_sum, HAS_MEAN, HAS_STREAM)
         _store(d_x_ptr, d_x, row, width, 0, MAIN, EXACT)
+        if HAS_SHIFT:
+            d_shift += d_x
         if REST:
             d_x_rest = _gradient(g_rest, n_rest, r, along, level, d_sum_rest, HAS_MEAN, HAS_STREAM)
             _store(d_x_ptr, d_x_rest, row, width, MAIN, REST, EXACT)
-    part = parts_ptr + program * width
+            if HAS_SHIFT:
+                d_shift_rest += d_x_rest
+    part, following_part = parts_ptr + program * width, num_programs * width
     _store(part, d_weight, 0, width, 0, MAIN, EXACT)
-    if HAS_BIAS:
-        _store(part + num_programs * width, d_bias, 0, width, 0, MAIN, EXACT)
     if REST:
         _store(part, d_weight_rest, 0, width, MAIN, REST, EXACT)
-        if HAS_BIAS:
-            _store(part + num_programs * width, d_bias_rest, 0, width, MAIN, REST, EXACT)
+    if HAS_BIAS:
+        part += following_part
+        _store(part, d_bias, 0, width, 0, MAIN, EXACT)
+        if REST:
+            _store(part, d_bias_rest, 0, width, MAIN, REST, EXACT)
+    if HAS_SHIFT:
+        part += following_part
+        _store(part, d_shift, 0, width, 0, MAIN, EXACT)
+        if REST:
+            _store(part, d_shift_rest, 0, width, MAIN, REST, EXACT)
+
+
+@triton.jit
+def _add_parts_kernel(
+    parts_ptr,  # (K, P, E) fp32
+    first_ptr,  # (E,) fp32
+    second_ptr,  # (E,) fp32, added to with K > 1
+    third_ptr,  # (E,) fp32, added to with K > 2
+    num_parts,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds the sum over P of kind `program_id(1)` to that kind's total, COLUMNS columns a program."""
+    kind = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    exist = columns < width
+    rows = tl.arange(0, ROWS)
+    places = parts_ptr + tl.cast(kind, tl.int64) * num_parts * width + rows[:, None] * width + columns[None, :]
+    found = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for begin in range(0, num_parts, ROWS):
+        found += tl.load(places + begin * width, mask=(begin + rows < num_parts)[:, None] & exist[None, :], other=0.0)
+    gradient = tl.sum(found, axis=0)
+    if kind == 0:
+        _add_to(first_ptr, gradient, columns, exist)
+    if kind == 1:
+        _add_to(second_ptr, gradient, columns, exist)
+    if kind == 2:
+        _add_to(third_ptr, gradient, columns, exist)
+
+
+@triton.jit
+def _add_to(total_ptr, value, columns, exist):
+    tl.store(total_ptr + columns, tl.load(total_ptr + columns, mask=exist) + value, mask=exist)
 
 
 def programs_of(num_rows: int, per_sm: int, device: torch.device) -> int:
@@ -561,13 +620,14 @@ def run_backward(
     weight: Tensor,
     stats: Tensor,
     has_bias: bool,
+    has_shift: bool,
     schedule: BackwardSchedule,
 ) -> tuple[Tensor, Tensor]:
     """`add_norm_backward` by the given schedule."""
     rows, width = total.shape
     programs = programs_of(rows, schedule.per_sm, total.device)
     d_x = torch.empty_like(total)
-    parts = total.new_empty((2 if has_bias else 1, programs, width), dtype=torch.float32)
+    parts = total.new_empty((1 + has_bias + has_shift, programs, width), dtype=torch.float32)
     _add_norm_backward_kernel[(programs,)](
         d_y_ptr=d_y.contiguous(),
         d_sum_ptr=total if d_sum is None else d_sum.contiguous(),
@@ -581,6 +641,7 @@ def run_backward(
         HAS_STREAM=d_sum is not None,
         HAS_MEAN=stats.shape[0] == 2,
         HAS_BIAS=has_bias,
+        HAS_SHIFT=has_shift,
         num_warps=schedule.warps,
         **constants_of(schedule, width),
     )
@@ -605,50 +666,107 @@ def _add_norm_fake(
 
 @torch.library.custom_op("flashtrain::add_norm_backward", mutates_args=())
 def add_norm_backward(
-    d_y: Tensor, d_sum: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, has_bias: bool
+    d_y: Tensor, d_sum: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, has_bias: bool, has_shift: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (N, E), and each program's part of dw and with `has_bias` db, fp32 (K, P, E). `d_sum`: ds, None for zero."""
-    return run_backward(d_y, d_sum, total, weight, stats, has_bias, backward_schedule(total.shape[1]))
+    """dx (N, E), and each program's part of dw, with `has_bias` of db and with `has_shift` of dc, fp32 (K, P, E).
+    `d_sum`: ds, None for zero."""
+    schedule = backward_schedule(total.shape[1], has_shift)
+    return run_backward(d_y, d_sum, total, weight, stats, has_bias, has_shift, schedule)
 
 
 @add_norm_backward.register_fake
 def _add_norm_backward_fake(
-    d_y: Tensor, d_sum: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, has_bias: bool
+    d_y: Tensor, d_sum: Tensor | None, total: Tensor, weight: Tensor, stats: Tensor, has_bias: bool, has_shift: bool
 ) -> tuple[Tensor, Tensor]:
     rows, width = total.shape
-    programs = programs_of(rows, backward_schedule(width).per_sm, total.device)
-    parts = (2 if has_bias else 1, programs, width)
+    programs = programs_of(rows, backward_schedule(width, has_shift).per_sm, total.device)
+    parts = (1 + has_bias + has_shift, programs, width)
     return total.new_empty(total.shape), total.new_empty(parts, dtype=torch.float32)
 
 
+@torch.library.custom_op("flashtrain::add_parts_", mutates_args=("weight_sum", "bias_sum", "shift_sum"))
+def add_parts_(parts: Tensor, weight_sum: Tensor, bias_sum: Tensor | None, shift_sum: Tensor | None) -> None:
+    """Sum the parts of `add_norm_backward`, fp32 (K, P, E), and add dw, db and dc to the totals, fp32 (E,), as many as
+    there are: one kernel for all, since each takes longer to start than to run."""
+    num_kinds, num_parts, width = parts.shape
+    totals = [total for total in (weight_sum, bias_sum, shift_sum) if total is not None]
+    first, second, third = totals + [weight_sum] * (3 - num_kinds)
+    block = min(triton.next_power_of_2(num_parts), PARTS_ROWS)
+    _add_parts_kernel[(triton.cdiv(width, PARTS_COLUMNS), num_kinds)](
+        parts_ptr=parts,
+        first_ptr=first,
+        second_ptr=second,
+        third_ptr=third,
+        num_parts=num_parts,
+        width=width,
+        ROWS=block,
+        COLUMNS=PARTS_COLUMNS,
+        num_warps=_parts_warps(block),
+    )
+
+
+@add_parts_.register_fake
+def _add_parts_fake(parts: Tensor, weight_sum: Tensor, bias_sum: Tensor | None, shift_sum: Tensor | None) -> None:
+    return None
+
+
+def _parts_warps(block: int) -> int:
+    """Warps of a program that sums `block` parts at a time: 16 elements a thread."""
+    return max(block * PARTS_COLUMNS // 512, 1)
+
+
 def compile_cases() -> list[CompileCase]:
-    """Both kernels as LayerNorm with bias, on bf16 with a residual sum, by every candidate at three widths.
+    """Both kernels as LayerNorm with bias, on bf16 with a residual sum, by every candidate at three widths; and the
+    backward kernel with dc, as it is shipped, at more.
 
     Quick are those that are shipped, for these widths and for others.
     """
     from kernels.compile_check import CompileCase
 
-    return [
+    candidates_of = (("forward", forward_candidates), ("backward", backward_candidates))
+    plain = [
         CompileCase(
             name=f"norm.{direction}[{width},{name}]",
             make_source=lambda schedule=schedule, width=width: _source(schedule, width),  # type: ignore[misc]
             num_warps=schedule.warps,
-            quick=name == "plain" or schedule in (forward_schedule(width), backward_schedule(width)),
+            quick=name == "plain" or schedule in (forward_schedule(width), backward_schedule(width, False)),
         )
         for width in (768, 2048, 2560)
-        for direction, candidates in (("forward", forward_candidates), ("backward", backward_candidates))
+        for direction, candidates in candidates_of
         for name, schedule in candidates(width).items()
     ]
+    shifted = [
+        CompileCase(
+            name=f"norm.backward[{width},shift]",
+            make_source=lambda width=width: _source(backward_schedule(width, True), width, True),  # type: ignore[misc]
+            num_warps=backward_schedule(width, True).warps,
+            quick=True,
+        )
+        for width in SHIFT_WIDTHS
+    ]
+    parts = CompileCase(
+        name="norm.parts",
+        make_source=lambda: _source_of(_add_parts_kernel, {"ROWS": PARTS_ROWS, "COLUMNS": PARTS_COLUMNS}, "*fp32"),
+        num_warps=_parts_warps(PARTS_ROWS),
+        quick=True,
+    )
+    return [*plain, *shifted, parts]
 
 
-def _source(schedule: ForwardSchedule | BackwardSchedule, width: int) -> ASTSource:
+def _source(schedule: ForwardSchedule | BackwardSchedule, width: int, has_shift: bool = False) -> ASTSource:
+    backward = isinstance(schedule, BackwardSchedule)
+    kernel = _add_norm_backward_kernel if backward else _add_norm_kernel
+    constants = constants_of(schedule, width) | {"HAS_MEAN": True, "HAS_BIAS": True}
+    constants |= {"HAS_STREAM": True, "HAS_SHIFT": has_shift} if backward else {"HAS_ADD": True}
+    return _source_of(kernel, constants, "*bf16")
+
+
+def _source_of(kernel: Any, constants: dict[str, Any], pointer: str) -> ASTSource:
+    """A kernel's source, its pointers of type `pointer` but for those that are always fp32."""
     from triton.compiler import ASTSource
 
-    backward = isinstance(schedule, BackwardSchedule)
-    kernel: Any = _add_norm_backward_kernel if backward else _add_norm_kernel
-    constants = constants_of(schedule, width) | {"HAS_MEAN": True, "HAS_BIAS": True}
-    constants |= {"HAS_STREAM": True} if backward else {"HAS_ADD": True}
-    types = {"stats_ptr": "*fp32", "parts_ptr": "*fp32", "num_rows": "i32", "width": "i32", "eps": "fp32"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
+    types = {"stats_ptr": "*fp32", "parts_ptr": "*fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("num_rows", "num_parts", "width"), "i32")
+    signature = {name: "constexpr" if name in constants else types.get(name, pointer) for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if name not in constants and name != "eps"]
     return ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})

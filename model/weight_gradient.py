@@ -4,7 +4,8 @@ Over the micro-batches of a step, a linear layer Y = X·Wᵀ + b needs ΣdYᵀ·
 product is written in the weights' dtype, widened, and added to the optimizer's buffer: with bf16 weights 2 bytes a
 weight to write it, 6 to widen it, 12 to add it. A matrix product can add to what its output holds, which here is the
 buffer itself: 8 bytes, inside the product and hidden behind its arithmetic. The terms also skip their rounding to bf16,
-so the sum is nearer to the exact one. The bias's gradient goes the same way: its sum over tokens is added in place.
+so the sum is nearer to the exact one. The bias's gradient goes the same way: its sum over tokens is added in place, or
+is left to the norm that follows (`model.residual_norm`).
 
 An embedding's gradient has a row a token. Autograd makes a table of it, zero but for these rows, to be widened and
 added whole; here the rows alone are added to the buffer.
@@ -51,6 +52,13 @@ def _add_weight_gradient_flops(total: torch.Size, d_out: torch.Size, x: torch.Si
     return 2 * d_out.numel() * x[-1]
 
 
+def add_linear_gradients(weight_sum: Tensor, bias_sum: Tensor | None, d_out: Tensor, x: Tensor) -> None:
+    """Add a linear layer's gradients to weight_sum (O, I) and bias_sum (O,), fp32; d_out (T, O), x (T, I)."""
+    torch.ops.flashtrain.add_weight_gradient_(weight_sum, d_out, x)
+    if bias_sum is not None:
+        bias_sum.add_(d_out.sum(0, dtype=bias_sum.dtype))
+
+
 class _SummedLinear(torch.autograd.Function):
     """x (..., I), weight (O, I), bias (O,) to (..., O); the gradients of weight and bias go to `weight_sum` (O, I) and
     `bias_sum` (O,), fp32, and not to autograd."""
@@ -67,9 +75,7 @@ class _SummedLinear(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         rows = d_out.flatten(0, -2)  # (T, O)
-        torch.ops.flashtrain.add_weight_gradient_(ctx.weight_sum, rows, x.flatten(0, -2))
-        if ctx.bias_sum is not None:
-            ctx.bias_sum.add_(rows.sum(0, dtype=ctx.bias_sum.dtype))
+        add_linear_gradients(ctx.weight_sum, ctx.bias_sum, rows, x.flatten(0, -2))
         d_x = (rows @ weight).view(x.shape)  # (T, I) to (..., I)
         return d_x, None, None, None, None
 
@@ -110,11 +116,15 @@ def summed_embedding(tokens: Tensor, weight: Tensor, weight_sum: Tensor) -> Tens
 
 
 class SumsGradients:
-    """Mixin of the modules that can: `weight_sum` and `bias_sum` are where, None while autograd does it."""
+    """Mixin of the modules that can: `weight_sum` and `bias_sum` are where, None while autograd does it. With a
+    `weight_sum` and no `bias_sum` another module sums the bias's gradient."""
 
     weight: nn.Parameter
     weight_sum: Tensor | None = None
     bias_sum: Tensor | None = None
+
+    def release_sums(self) -> None:
+        self.weight_sum = self.bias_sum = None
 
 
 def bind_sums(model: nn.Module, sums: Mapping[nn.Parameter, Tensor]) -> None:
@@ -134,4 +144,4 @@ def release_sums(model: nn.Module) -> None:
     """Undo `bind_sums`."""
     for module in model.modules():
         if isinstance(module, SumsGradients):
-            module.weight_sum = module.bias_sum = None
+            module.release_sums()

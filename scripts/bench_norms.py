@@ -3,6 +3,7 @@
     bench_norms.py                                     width 2560, 8,192 tokens
     bench_norms.py --widths 768 2048 2560 --tokens 8192 16384 32768
     bench_norms.py --norm rmsnorm --beside copy
+    bench_norms.py --passes backward kernel --shift    with Σ dx, the gradient of the bias before the norm
     bench_norms.py --backward shipped 'warps=4,split=true,per_sm=3,stages=5,joint=true,early=true'
 
 Passes, in bf16, and the bytes that each must move, in rows of the residual stream (2·E·N bytes each; gradients of
@@ -12,6 +13,9 @@ weight and bias are small beside them):
     first       the norm of x alone                      2
     backward    of `forward`                             4: reads dy, ds, s, writes dx; parts of dw, db summed
     kernel      the same without that sum, ours only     4
+
+With `--shift` the backward passes also sum dx over tokens: ours in its registers, the others by a pass of PyTorch's.
+Candidates' programs on an SM are those without: only the shipped schedule is made for both.
 
 Schedules are the candidates of `model.norm_kernel`, among them the one that is shipped for the width, which can be
 asked for as ``shipped``. Beside them: ``compile``, PyTorch's sum and norm compiled; ``liger``, PyTorch's sum and
@@ -49,6 +53,7 @@ from torch.nn import functional as F
 from model.norm_kernel import (
     BackwardSchedule,
     ForwardSchedule,
+    add_parts_,
     backward_candidates,
     backward_schedule,
     forward_candidates,
@@ -66,7 +71,8 @@ HEAD_START_CYCLES = 1_000_000
 """The device waits for about half a millisecond, in which the host queues the whole call."""
 
 Call = Callable[[], tuple[Tensor, ...]]
-"""forward and first: s, y; backward: dx, dw and with bias db; kernel: dx and parts; copy: nothing to check."""
+"""forward and first: s, y; backward: dx, dw, with bias db, with --shift dc; kernel: dx and parts; copy: nothing to
+check."""
 AddNorm = Callable[[Tensor, "Tensor | None", Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 """x, f, weight, bias to x + f and its norm."""
 
@@ -99,18 +105,20 @@ class Inputs:
     weight: Tensor
     bias: Tensor | None
     mean: bool
+    shift: bool = False
+    """Whether Σ dx is asked for."""
 
     @property
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
-def make_inputs(norm: str, tokens: int, width: int, device: str, dtype: torch.dtype) -> Inputs:
+def make_inputs(norm: str, tokens: int, width: int, device: str, dtype: torch.dtype, shift: bool = False) -> Inputs:
     """Random normal; zeros would draw less power and run faster."""
     torch.manual_seed(width)
     x, f, d_y, d_sum = (torch.randn(tokens, width, device=device, dtype=dtype) for _ in range(4))
     weight, bias = (torch.randn(width, device=device, dtype=dtype) for _ in range(2))
-    return Inputs(x, f, d_y, d_sum, weight, bias if norm == "layernorm" else None, norm == "layernorm")
+    return Inputs(x, f, d_y, d_sum, weight, bias if norm == "layernorm" else None, norm == "layernorm", shift)
 
 
 def plain(mean: bool) -> AddNorm:
@@ -157,7 +165,7 @@ def call_of(function: AddNorm, given: Inputs, direction: str) -> Call:
 
     def backward() -> tuple[Tensor, ...]:
         d_x, _, *others = torch.autograd.grad(outputs, [x, f, *parameters], gradients, retain_graph=True)
-        return (d_x, *others)
+        return (d_x, *others, *([d_x.sum(0, dtype=torch.float32)] if given.shift else []))
 
     return backward
 
@@ -174,10 +182,15 @@ def call_of_schedule(schedule: ForwardSchedule | BackwardSchedule, given: Inputs
         return forward
     total, _, stats = torch.ops.flashtrain.add_norm(given.x, given.f, given.weight, given.bias, EPS, given.mean)
     has_bias = given.bias is not None
+    sums = torch.zeros(3, given.x.shape[1], device=given.x.device)  # grow from call to call: the first one is checked
+    totals = (sums[0], sums[1] if has_bias else None, sums[2] if given.shift else None)
 
     def backward() -> tuple[Tensor, ...]:
-        d_x, parts = run_backward(given.d_y, given.d_sum, total, given.weight, stats, has_bias, schedule)
-        return (d_x, parts) if direction == "kernel" else (d_x, *parts.sum(1))
+        d_x, parts = run_backward(given.d_y, given.d_sum, total, given.weight, stats, has_bias, given.shift, schedule)
+        if direction == "kernel":
+            return d_x, parts
+        add_parts_(parts, *totals)
+        return d_x, *(total for total in totals if total is not None)
 
     return backward
 
@@ -199,7 +212,8 @@ def breach(given: Inputs, direction: str, found: Sequence[Tensor]) -> str:
         exact = dataclasses.replace(exact, x=(given.x + given.f).float(), f=torch.zeros_like(exact.f))
     truth = call_of(plain(given.mean), exact, direction)()
     theirs = call_of(plain(given.mean), given, direction)()
-    names = ("dx", "dw", "db") if direction == "backward" else ("s", "y")
+    gradients = ["dx", "dw"] + ["db"] * (given.bias is not None) + ["dc"] * given.shift
+    names = gradients if direction == "backward" else ["s", "y"]
     wrong = []
     for name, value, other, true in zip(names, found, theirs, truth, strict=False):
         error, allowed = (value.float() - true).norm(), 1.5 * (other.float() - true).norm() + 2e-6 * true.norm()
@@ -234,16 +248,16 @@ class ColdTimer:
         return [begin.elapsed_time(end) * 1e3 for begin, end in events]
 
 
-def shipped(width: int, direction: str) -> ForwardSchedule | BackwardSchedule:
+def shipped(width: int, direction: str, shift: bool) -> ForwardSchedule | BackwardSchedule:
     """What the model runs."""
-    return forward_schedule(width) if direction in ("forward", "first") else backward_schedule(width)
+    return forward_schedule(width) if direction in ("forward", "first") else backward_schedule(width, shift)
 
 
 def schedules_of(args: argparse.Namespace, width: int, direction: str) -> dict[str, Any]:
     """Those asked for, by name; unless some are all candidates, and the shipped one if it is none of them."""
     forward = direction in ("forward", "first")
     candidates: dict[str, Any] = dict(forward_candidates(width) if forward else backward_candidates(width))
-    own = shipped(width, direction)
+    own = shipped(width, direction, args.shift)
     asked = args.forward if forward else args.backward
     kind = ForwardSchedule if forward else BackwardSchedule
     if asked is None:
@@ -300,7 +314,7 @@ def measure(
     args: argparse.Namespace, width: int, tokens: int, direction: str, timer: Callable[[Call, int], list[float]]
 ) -> list[Result]:
     """All implementations of one pass at one size."""
-    given = make_inputs(args.norm, tokens, width, args.device, args.dtype)
+    given = make_inputs(args.norm, tokens, width, args.device, args.dtype, args.shift)
     calls, schedules, errors = calls_of(args, given, direction)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -351,7 +365,7 @@ def told(schedule: ForwardSchedule | BackwardSchedule) -> str:
     return f"{type(schedule).__name__}({fields})"
 
 
-def fastest(results: Sequence[Result]) -> list[str]:
+def fastest(results: Sequence[Result], shift: bool = False) -> list[str]:
     """By width the schedules whose times, over all numbers of tokens, are least, as lines for `model.norm_kernel`, with
     their speed relative to the shipped schedule's if that was measured too. Forward is counted with and without f as a
     block has them, once each."""
@@ -372,7 +386,7 @@ def fastest(results: Sequence[Result]) -> list[str]:
                 continue
             best = min(right, key=lambda name: right[name])
             schedules = {r.implementation: kind(**r.schedule) for r in mine if r.schedule is not None}
-            own = next((name for name in right if schedules[name] == shipped(width, passes[0])), None)
+            own = next((name for name in right if schedules[name] == shipped(width, passes[0], shift)), None)
             gain = "" if own is None else f", {right[own] / right[best]:.2f} times the speed of the shipped {own}"
             lines.append(f"{table}[{width}] = {told(schedules[best])}  # {best}{gain}")
     return lines
@@ -390,6 +404,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--forward", nargs="+", metavar="SCHEDULE", help="candidates, shipped, or field=value,...; default: all"
     )
     parser.add_argument("--backward", nargs="+", metavar="SCHEDULE")
+    parser.add_argument("--shift", action="store_true", help="backward with the sum of dx over tokens")
     parser.add_argument("--beside", nargs="*", choices=BESIDE, default=list(BESIDE))
     parser.add_argument("--warmup", type=int, default=5, help="calls before measuring, per implementation")
     parser.add_argument("--repeats", type=int, default=40, help="measured calls per implementation")
@@ -422,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_json(args.out, meta, results)  # a stopped run keeps what it has
             torch.compiler.reset()
     meta["clocks_after"] = clocks(args.device)
-    lines = fastest(results)
+    lines = fastest(results, args.shift)
     write_json(args.out, meta, results, fastest=lines)
     console.print(table_of(results))
     failed = [r for r in results if r.error]

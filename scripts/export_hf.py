@@ -30,7 +30,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(arguments: argparse.Namespace) -> None:
     """Read the checkpoint, find its tokenizer, write the folder."""
     run = open_saved(arguments.source, arguments.tokenizer)
-    kind = hf_architecture(run.model)  # before the weights are read
+    kind = hf_architecture(run.model)  # this and the folder before the weights are read
+    try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arguments.folder} can't be written: {error.strerror}. Give another FOLDER.") from error
     dtype = DTYPES[arguments.dtype]
     state = {name: weight.to(dtype) for name, weight in consolidated_weights(run.checkpoint)}
     export_hf(run.model, state, arguments.folder, tokenizer=run.tokenizer_path, eos_id=run.info.eos_id)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import EngineConfig, OptimConfig, Precision, Toggle
+from configs.schema import EngineConfig, Fp8, ModelConfig, OptimConfig, Precision, Toggle
 from training.batch import BatchPlan
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+FP8_CAPABILITY = (8, 9)
+"""CUDA's compute capability from which tensor cores multiply in fp8: Ada, Hopper and later."""
 NEVER = 2**31  # steps between DeepSpeed's own progress lines
 
 
@@ -105,32 +107,60 @@ def check_engine(config: EngineConfig, precision: Precision, device: torch.devic
             raise UserError("engine.precision=fp16: this CPU has no fp16 units; possible: fp32, bf16, or zero_stage=0")
 
 
+def check_fp8(config: EngineConfig, model: ModelConfig, precision: Precision, device: torch.device) -> None:
+    """Raise `UserError` for all that keeps the blocks from `engine.fp8`, also on this device. A CPU emulates it.
+
+    `model`: one that `model.check` finds no fault with.
+    """
+    if config.fp8 is Fp8.none:
+        return
+    from model import fp8
+
+    found, asked = fp8.problems(model), f"engine.fp8={config.fp8}"
+    if precision is not Precision.bf16:
+        found.append(f"{asked}: needs engine.precision=bf16, given {precision}; or use engine.fp8=none")
+    if device.type == "cuda":
+        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+        if torch.version.hip is not None or capability < FP8_CAPABILITY:
+            found.append(f"{asked}: {name} has no fp8 units that PyTorch can use; use engine.fp8=none")
+    if found:
+        raise UserError("\n".join(found))
+
+
+def arithmetic(config: EngineConfig, precision: Precision) -> str:
+    """What a run computes in, for people: `bf16`, or `bf16 with fp8 (rowwise)`."""
+    return precision.value if config.fp8 is Fp8.none else f"{precision} with fp8 ({config.fp8})"
+
+
 def should_be_lean(config: EngineConfig) -> bool:
-    """Whether ZeRO-3 sums gradients and steps by our code. Raises `UserError` for `on` where it can't."""
-    offloads = config.offload_optimizer or config.offload_params
-    possible = config.zero_stage == 3 and config.fp32_accumulation and not offloads
-    if config.lean_zero3 is Toggle.on and not possible:
-        raise UserError(
-            "engine.lean_zero3=on: needs engine.zero_stage=3, engine.fp32_accumulation=true, "
-            "engine.offload_optimizer=false and engine.offload_params=false, given "
-            f"{config.zero_stage}, {str(config.fp32_accumulation).lower()}, {str(config.offload_optimizer).lower()} "
-            f"and {str(config.offload_params).lower()}; or use engine.lean_zero3=auto or off"
-        )
-    return possible and config.lean_zero3 is not Toggle.off
+    """Whether ZeRO-2 or 3 sums gradients and steps by our code. Raises `UserError` for `on` where it can't."""
+    possible = config.fp32_accumulation and not config.offload_optimizer and not config.offload_params
+    toggles = {2: config.lean_zero2, 3: config.lean_zero3}
+    for stage, toggle in toggles.items():
+        if toggle is Toggle.on and not (config.zero_stage == stage and possible):
+            raise UserError(
+                f"engine.lean_zero{stage}=on: needs engine.zero_stage={stage}, engine.fp32_accumulation=true, "
+                "engine.offload_optimizer=false and engine.offload_params=false, given "
+                f"{config.zero_stage}, {str(config.fp32_accumulation).lower()}, "
+                f"{str(config.offload_optimizer).lower()} and {str(config.offload_params).lower()}; "
+                f"or use engine.lean_zero{stage}=auto or off"
+            )
+    return possible and toggles.get(config.zero_stage, Toggle.off) is not Toggle.off
 
 
 def should_fuse_weight_gradients(config: EngineConfig, precision: Precision, world_size: int) -> bool:
     """Whether layers add weight gradients to the optimizer's sums themselves. Raises `UserError` for `on` where not.
 
-    Stage 2, and stage 3 on several ranks, reduce each gradient while the backward pass goes on, and fp16 is to notice
-    what overflows in fp16.
+    Stages 2 and 3 on several ranks reduce each gradient while the backward pass goes on, and fp16 is to notice what
+    overflows in fp16.
     """
     whole = config.zero_stage < 2 or (world_size == 1 and should_be_lean(config))
     possible = precision is Precision.bf16 and whole and config.fp32_accumulation and not config.offload_optimizer
     if config.fuse_weight_gradients is Toggle.on and not possible:
         raise UserError(
-            "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0, 1, or on one rank 3 "
-            "with engine.lean_zero3, engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
+            "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0, 1, or on one rank 2 "
+            "with engine.lean_zero2 or 3 with engine.lean_zero3, engine.fp32_accumulation=true and "
+            "engine.offload_optimizer=false, given "
             f"{precision.value}, {config.zero_stage}, {str(config.fp32_accumulation).lower()} and "
             f"{str(config.offload_optimizer).lower()} on {world_size}; or use engine.fuse_weight_gradients=auto or off"
         )
@@ -141,7 +171,7 @@ def should_fuse_step(optim: OptimConfig, engine: EngineConfig, precision: Precis
     """Whether the optimizer steps in one kernel a group. Raises `UserError` for `on` where it can't.
 
     DeepSpeed's wrapper of the other stages and precisions mixes its step with the loss scale, its buckets or the host's
-    memory; `BF16_Optimizer`, our stage 0 and what is left of DeepSpeed's stage 3 only have flat tensors.
+    memory; `BF16_Optimizer`, our stage 0 and what is left of DeepSpeed's stages 2 and 3 only have flat tensors.
     """
     if optim.fused_step is Toggle.off:
         return False
@@ -151,8 +181,9 @@ def should_fuse_step(optim: OptimConfig, engine: EngineConfig, precision: Precis
     flat = engine.zero_stage == 0 or (precision is Precision.bf16 and (in_bf16 or should_be_lean(engine)))
     if optim.fused_step is Toggle.on and not (flat and loss_kernel.runs_on(device)):
         raise UserError(
-            "optim.fused_step=on: needs a CUDA device, and engine.zero_stage=0, or 1 or 3 with engine.precision=bf16, "
-            "engine.fp32_accumulation=true, engine.offload_optimizer=false and, at 3, engine.lean_zero3, given "
+            "optim.fused_step=on: needs a CUDA device, and engine.zero_stage=0, or 1 to 3 with engine.precision=bf16, "
+            "engine.fp32_accumulation=true, engine.offload_optimizer=false and, at 2 or 3, engine.lean_zero2 or "
+            "lean_zero3, given "
             f"{device.type}, {engine.zero_stage}, {precision.value}, {str(engine.fp32_accumulation).lower()} and "
             f"{str(engine.offload_optimizer).lower()}; or use optim.fused_step=auto or off"
         )

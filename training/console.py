@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import faulthandler
 import io
 import logging
@@ -32,7 +33,7 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 
-from configs.errors import UserError
+from configs.errors import INTERRUPTED_EXIT_CODE, UserError
 from training.run import RunFolder
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the terminal comes first
@@ -43,6 +44,9 @@ OUR_PACKAGES: Final = frozenset({"train", "training", "model", "data", "kernels"
 """Top-level names of the loggers whose warnings a user sees."""
 MAX_ERROR_LINES: Final = 20
 """Longest message of an error on the terminal; the log has all of it."""
+
+DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""A disk that takes no more; nothing in the program is wrong."""
 
 _TIME = "%Y-%m-%d %H:%M:%S"
 
@@ -273,13 +277,16 @@ def _silence_exit(log: _Log) -> None:
 def report_error(error: BaseException, console: Console, log_path: Path | None = None, rank: int = 0) -> int:
     """Tell the user about `error` in at most `MAX_ERROR_LINES` + 2 lines. Returns the exit code.
 
-    A `UserError` is its own text. Of anything else the type and the message are shown, and where the traceback is.
+    A `UserError` is its own text, and so is what a full or read-only disk says. Of anything else the type and the
+    message are shown, and where the traceback is.
     Ranks other than 0 say one line: as a rule the others fail for the same reason.
     """
     if isinstance(error, KeyboardInterrupt):
         if rank == 0:
             console.print("Interrupted.", soft_wrap=True)
-        return 130
+        return INTERRUPTED_EXIT_CODE
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        error = UserError(disk_problem(error))
     text = str(error).strip()
     if not isinstance(error, UserError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -292,6 +299,13 @@ def report_error(error: BaseException, console: Console, log_path: Path | None =
     if log_path is not None and rank == 0 and not isinstance(error, UserError):
         console.print(f"The traceback is in {escape(short_path(log_path))}", soft_wrap=True)
     return error.exit_code if isinstance(error, UserError) else 1
+
+
+def disk_problem(error: OSError) -> str:
+    """What a disk refused, where, and what to do."""
+    place = error.filename2 or error.filename  # of a copy, where it goes
+    where = f": {short_path(Path(os.fsdecode(place)))}" if place is not None else ""
+    return f"{error.strerror}{where}. What was saved is kept; make room, and the same command goes on."
 
 
 def short_path(path: Path) -> str:

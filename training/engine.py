@@ -28,10 +28,11 @@ from torch.optim import AdamW
 
 from configs.schema import OptimConfig, Precision, Recompute, RunConfig
 from model.sequence import own_part
-from model.weight_gradient import bind_sums, release_sums
+from model.weight_gradient import release_sums
 from training.backend import (
     DTYPES,
     check_engine,
+    check_fp8,
     deepspeed_config,
     gather_whole_blocks,
     import_deepspeed,
@@ -49,7 +50,7 @@ from training.batch import BatchPlan
 from training.distributed import Processes
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, fp16_scale
 from training.step import HostCopy, Step, StepResult, clip_factor, clip_factor_on_device
-from training.zero import Bf16Stage1, Partition, Replicated, Stage3, partition_of
+from training.zero import Bf16Stage1, Partition, Replicated, Stage3, Stage12, partition_of
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch
@@ -255,10 +256,12 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     device = processes.device
     precision = resolve_precision(config.engine.precision, device)
     check_engine(config.engine, precision, device)
+    check_fp8(config.engine, config.model, precision, device)
     lean = should_be_lean(config.engine)
     fuse = should_fuse_weight_gradients(config.engine, precision, processes.world_size)
     one_kernel = should_fuse_step(config.optim, config.engine, precision, device)
     model.set_recompute(config.engine.recompute is Recompute.block)
+    model.set_fp8(config.engine.fp8)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before ZeRO-3 takes them away
     if config.engine.zero_stage == 0:
@@ -295,7 +298,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     )
     sums = partition.sums()
     if fuse and sums:
-        bind_sums(model, sums)
+        model.bind_sums(sums)
     if isinstance(partition, Replicated):
         wrapped.zero_grad = lambda: None  # a loop over the parameters, whose gradients hooks have freed
     if processes.world_size == 1 and isinstance(partition, Replicated | Bf16Stage1):
@@ -312,7 +315,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     on_device = (
         one_kernel
         and precision is not Precision.fp16  # its loss scale is the host's, and the next step's
-        and type(partition) is not Stage3  # DeepSpeed's own step
+        and type(partition) not in (Stage12, Stage3)  # DeepSpeed's own step
     )
     return Engine(wrapped, partition, shapes, config, precision, processes, on_device, restore)
 

@@ -9,6 +9,9 @@ other for seconds until the clock has settled, and the attention that the run us
 is passes over memory, communication and gaps. Products inside a step can be a little faster than the mix, as other
 phases let the card cool down.
 
+With `engine.fp8` the products are the run's own, two of three in fp8, of operands that have been cast before: the casts
+are passes over memory. The head's stay in bf16 and are counted at the rate that a block's products have in bf16.
+
 B batch, S sequence, H heads, K key-value heads, D head dim, T = B·S tokens, I in, O out.
 """
 
@@ -16,15 +19,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs.schema import Activation, Attention, ModelConfig, Position
+from configs.schema import Activation, Attention, Fp8, ModelConfig, Position
 from model.attention import Context, Scores, attend, flash_packed
 from model.dimensions import Dimensions, resolve_dimensions
+from model.fp8 import backward_operands, forward_operands, peak_of, product
 from model.layers import alibi_slopes
 from model.weight_gradient import add_weight_gradient_
 from training.backend import DTYPES, should_fuse_weight_gradients
@@ -41,13 +45,15 @@ class Floor:
     """What was measured, and what a step of the run's FLOPs takes at these rates."""
 
     matmul_tflops: float
-    """The products of a block, one after the other."""
+    """The products of a block, one after the other; with `engine.fp8` two of three in fp8."""
     attention_forward_tflops: float
     """Of the model's FLOPs, as the waterfall counts them: causal, a third forward."""
     attention_backward_tflops: float
     """Two thirds backward."""
     step_time_s: float
     """The floor of a step."""
+    head_tflops: float | None = None
+    """With `engine.fp8`: the products of a block in bf16, in which the head's are made."""
 
     def share(self, step_time_s: float) -> float:
         """How much of a step is its floor: 1 is the best that these products and this attention allow."""
@@ -62,15 +68,21 @@ def measure_floor(setting: Setting, device: torch.device) -> Floor:
     shapes = matrices(model)
     mix_flops = 6 * tokens * sum(rows * columns for rows, columns in shapes)
     mix = mix_flops / seconds_a_call(products(setting, shapes, tokens, device), mix_s, device)
+    head = None
+    if setting.config.engine.fp8 is not Fp8.none:
+        plain = replace(setting, config=replace(setting.config, engine=replace(setting.config.engine, fp8=Fp8.none)))
+        head = mix_flops / seconds_a_call(products(plain, shapes, tokens, device), mix_s, device)
+    block_flops = 6 * work.tokens * model.num_layers * sum(rows * columns for rows, columns in shapes)
     layer_flops = work.flops_per_token.attention_causal * tokens / resolve_dimensions(model).num_layers
     forward_s, backward_s = attention_seconds(setting, attention_s, device)
     forward, backward = layer_flops / 3 / forward_s, layer_flops * 2 / 3 / backward_s
     floor_s = (
-        work.flops[Category.matmul] / mix
+        block_flops / mix
+        + (work.flops[Category.matmul] - block_flops) / (head or mix)
         + work.flops[Category.attention_forward] / forward
         + work.flops[Category.attention_backward] / backward
     )
-    return Floor(mix / 1e12, forward / 1e12, backward / 1e12, floor_s)
+    return Floor(mix / 1e12, forward / 1e12, backward / 1e12, floor_s, None if head is None else head / 1e12)
 
 
 def matrices(model: ModelConfig) -> list[tuple[int, int]]:
@@ -86,9 +98,11 @@ def matrices(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def products(setting: Setting, shapes: list[tuple[int, int]], tokens: int, device: torch.device) -> Callable[[], None]:
-    """A call of the twelve products of a block on random data, weight gradients made as the run makes them."""
+    """A call of the twelve products of a block on random data, weight gradients made as the run makes them, operands of
+    fp8 products cast before."""
     dtype = DTYPES[setting.precision]
     fused = should_fuse_weight_gradients(setting.config.engine, setting.precision, setting.world_size)
+    recipe = setting.config.engine.fp8
     operands = [
         (
             torch.randn(tokens, columns, device=device).to(dtype),  # X (T, I)
@@ -99,10 +113,19 @@ def products(setting: Setting, shapes: list[tuple[int, int]], tokens: int, devic
         for rows, columns in shapes
     ]
 
+    casts = []
+    for x, d_y, weight, _ in operands if recipe is not Fp8.none else []:
+        peak = peak_of(weight, recipe)
+        casts.append((forward_operands(x, weight, peak, recipe), backward_operands(d_y, weight, peak, recipe)))
+
     def call() -> None:
+        for forward, backward in casts:
+            product(*forward, dtype, fast=True)
+            product(*backward, dtype, fast=False)
         for x, d_y, weight, total in operands:
-            x @ weight.t()
-            d_y @ weight
+            if not casts:
+                x @ weight.t()
+                d_y @ weight
             if fused:
                 add_weight_gradient_(total, d_y, x)
             else:
@@ -167,10 +190,11 @@ def floor_line(floor: Floor, report: Report) -> str:
     """One line for people: the floor, its rates, and the run as a share of it."""
     plain = report.unprofiled
     step_s = plain.step_time_s if plain else report.step_time_s
+    in_fp8 = "" if floor.head_tflops is None else f" (two of three in fp8; {floor.head_tflops:.3g} without)"
     at_floor = report.mfu * report.step_time_s / floor.step_time_s
     return (
         f"Floor: a step of {1e3 * floor.step_time_s:,.0f} ms, {at_floor:.1%} MFU, with the products at "
-        f"{floor.matmul_tflops:.3g} TFLOP/s and attention at {floor.attention_forward_tflops:.3g} forward and "
+        f"{floor.matmul_tflops:.3g} TFLOP/s{in_fp8} and attention at {floor.attention_forward_tflops:.3g} forward and "
         f"{floor.attention_backward_tflops:.3g} backward, as measured after the run. The run's step is at "
         f"{floor.share(step_s):.1%} of it."
     )

@@ -3,12 +3,13 @@
     step = compute + what communication no computation hides
 
 Compute is what one device takes alone for a rank's tokens, a third of it forward and two thirds backward. A rank sends
-and receives, for N weights of e bytes each and gradients summed in g bytes, W ranks, A micro-batches, as DeepSpeed 0.19
-does it (a reduction to all ranks is a reduce-scatter and a gather, so twice the bytes):
+and receives, for N weights of e bytes each and gradients summed in g bytes, W ranks, A micro-batches (a reduction to
+all ranks is a reduce-scatter and a gather, so twice the bytes):
 
     stage 0    2·g·N               after the last backward pass, hidden by nothing
     stage 1    g·N, and e·N        reduced then, the weights gathered after the update; 2·g·N but in bf16 summed in fp32
-    stage 2    2·g·N·A, and e·N    reduced in each backward pass, beside it; gathered after the update
+    stage 2    g·N·A, and e·N      reduced in each backward pass, beside it; gathered after the update; 2·g·N·A by
+                                   DeepSpeed's own way (`engine.lean_zero2`)
     stage 3    g·N·A, and 2·e·N·A  blocks gathered ahead in both passes, reduced beside the backward pass
 
 each times (W-1)/W. Sequence parallelism of P ranks exchanges, a layer and token of a rank, (2·H + 2·max(K, P))·D
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from configs.schema import EngineConfig, ModelConfig, Precision, Recompute
 from model.dimensions import resolve_dimensions
 from model.flops import parameter_counts
+from training.backend import should_be_lean
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,27 @@ def traffic(job: Job) -> Traffic:
     """Bytes of a step, by the table above."""
     count = parameter_counts(job.model).total
     ring = (job.world_size - 1) / job.world_size
-    summed = 4 if job.engine.fp32_accumulation else job.element_bytes
     repeats = job.accumulation_steps
-    scattered = job.engine.precision is not Precision.fp16 and job.element_bytes == 2 and summed == 4  # `Bf16Stage1`
-    gradients = {0: 2 * summed, 1: (1 if scattered else 2) * summed, 2: 2 * summed * repeats, 3: summed * repeats}[
-        job.engine.zero_stage
-    ]
+    gradients = _rounds(job) * _summed_bytes(job) * (repeats if job.engine.zero_stage >= 2 else 1)
     weights = {0: 0, 1: 1, 2: 1, 3: 2 * repeats}[job.engine.zero_stage] * job.element_bytes
     tokens = repeats * job.micro_batch_tokens
     heads = exchanged_bytes(job.model, job.engine, job.element_bytes, tokens)
     return Traffic(ring * count * gradients, ring * count * weights, heads)
+
+
+def _summed_bytes(job: Job) -> int:
+    """Of an element of a gradient's sum."""
+    return 4 if job.engine.fp32_accumulation else job.element_bytes
+
+
+def _rounds(job: Job) -> int:
+    """How often a gradient goes around the ring: once if it is scattered as it is reduced, twice if reduced to all."""
+    engine, scattered = job.engine, job.engine.zero_stage == 3
+    if engine.zero_stage == 1:  # `Bf16Stage1`
+        scattered = engine.precision is not Precision.fp16 and job.element_bytes == 2 and _summed_bytes(job) == 4
+    elif engine.zero_stage == 2:
+        scattered = should_be_lean(engine)
+    return 1 if scattered else 2
 
 
 def exchanged_bytes(model: ModelConfig, engine: EngineConfig, element_bytes: int, tokens: float) -> float:
@@ -164,7 +177,8 @@ def _latency(job: Job, cluster: Cluster) -> float:
     engine, repeats = job.engine, job.accumulation_steps
     buckets = -(-parameter_counts(job.model).total // engine.bucket_size)
     # Reductions to all ranks go around twice. Stage 3 sends a message a block and direction.
-    rounds = {0: 2 * buckets, 1: 2 * buckets, 2: (2 * repeats + 1) * buckets, 3: 3 * repeats * job.model.num_layers}
+    at_2 = (_rounds(job) * repeats + 1) * buckets
+    rounds = {0: 2 * buckets, 1: 2 * buckets, 2: at_2, 3: 3 * repeats * job.model.num_layers}
     return rounds[engine.zero_stage] * (job.world_size - 1) * cluster.latency_us * 1e-6
 
 

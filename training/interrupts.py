@@ -70,6 +70,11 @@ class Interrupts:
         """0, or `REQUEUE_EXIT_CODE` once the ranks have agreed to stop and any of them had SIGUSR1."""
         return REQUEUE_EXIT_CODE if self._requeue else 0
 
+    @property
+    def own_exit_code(self) -> int:
+        """0, or `REQUEUE_EXIT_CODE` if this rank has had SIGUSR1; not agreed over ranks."""
+        return REQUEUE_EXIT_CODE if signal.SIGUSR1 in self._received else 0
+
     def hears_requeue(self, wait_s: float) -> bool:
         """Whether this rank has received SIGUSR1, or does so within `wait_s` seconds; not agreed over ranks."""
         deadline = time.monotonic() + wait_s
@@ -143,4 +148,4 @@ class Interrupts:
                 said.add(number[0])
                 name = signal.Signals(number[0]).name
                 again = " Press Ctrl-C again to stop at once." if number[0] == signal.SIGINT else ""
-                self._notify(f"{name} received: finishing the step, then saving and exiting.{again}")
+                self._notify(f"{name} received: finishing what is under way, then saving and exiting.{again}")

@@ -13,6 +13,7 @@ all others are plotted against, and wandb's internal step only ever grows.
 from __future__ import annotations
 
 import contextlib
+import errno
 import html
 import json
 import logging
@@ -77,29 +78,59 @@ class MetricsFile:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        self._file = open(path, "r+", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._path = path
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - open for the whole run
         self._last: dict[str, Any] = rows[-1] if rows else {STEP: -1}
         size = self._file.seek(0, os.SEEK_END)
         self._last_offset = size - len(_json_line(rows[-1])) if rows else size  # ASCII: characters are bytes
+        self._unwritten: list[str] = []
+        """Lines that the disk had no room for; the file ends before them."""
+        self._refused = False
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of `step`, to its line if that is the last one. Raises ValueError for an earlier step."""
+        """Add the metrics of `step`, to its line if that is the last one. Raises ValueError for an earlier step.
+
+        Lines that can't be written are kept, and written with a later one: a disk that is full for a while costs none,
+        and whether the run ends is for its checkpoints to decide.
+        """
         if step < self._last[STEP]:
             raise ValueError(f"step {step} comes after step {self._last[STEP]} in {self._file.name}")
         if step == self._last[STEP]:
             self._last |= metrics
-            self._file.seek(self._last_offset)
-            self._file.truncate()
+            if self._unwritten:
+                self._unwritten.pop()
+            else:
+                self._file.truncate(self._last_offset)
         else:
             self._last = {STEP: step, **metrics}
-            self._last_offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(_json_line(self._last))
-        self._file.flush()
+        self._unwritten.append(_json_line(self._last))
+        self._write_out()
+
+    def _write_out(self) -> None:
+        """Add the lines that are not in the file yet: all of them, or none."""
+        data = "".join(self._unwritten).encode()
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            if not self._refused:
+                _LOG.warning(f"{self._path} can't be written: {error.strerror}. Its rows are kept until it can.")
+            self._refused = True
+            return
+        self._last_offset = end + len(data) - len(self._unwritten[-1])
+        self._unwritten.clear()
 
     def close(self) -> None:
         """Write to disk and close."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._unwritten:
+            self._write_out()
+        if self._unwritten:
+            _LOG.warning(f"{self._path} lacks its last {len(self._unwritten)} rows: there was no room for them.")
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
         self._file.close()
 
 

@@ -68,9 +68,11 @@ DATA_WAIT: Final = "perf/data_wait_s"
 MODEL_TFLOPS: Final = "perf/model_tflops"
 """Model FLOPs a second and device, 10^12, in the convention of `perf/mfu`."""
 MFU: Final = "perf/mfu"
-"""Share of the peak, 0 to 1, with attention counted in full (6N + 12·L·E·S FLOPs per token)."""
+"""Share of the peak, 0 to 1, with attention counted in full (6N + 12·L·E·S FLOPs per token). With `engine.fp8` still of
+the bf16 peak, so that it may be above 1.
+"""
 MFU_CAUSAL: Final = "perf/mfu_causal"
-"""Share of the peak, 0 to 1, with attention counted causally."""
+"""Share of the same peak, with attention counted causally."""
 PEAK_MEMORY: Final = "perf/peak_memory_gb"
 """Most memory in use so far, 10^9 bytes: tensors on a GPU, the process (resident) on a CPU. Rank 0's."""
 TOKENS_SEEN: Final = "data/tokens_seen"
@@ -85,6 +87,9 @@ METRICS: Final = (
     *(PEAK_MEMORY, TOKENS_SEEN, EPOCH),
 )
 """Every key that a run logs."""
+
+FP8_CEILING: Final = 2.0
+"""The highest MFU there can be with `engine.fp8`: its units are twice as fast as those whose peak MFU is a share of."""
 
 _LOG = logging.getLogger(__name__)
 _REMEDY = "give its dense TFLOP/s as hardware.peak_tflops=NUMBER."
@@ -133,7 +138,7 @@ class Throughput:
     model_tflops: float
     """A device's, with attention in full."""
     mfu: float | None
-    """None where it would lie outside (0, 1]; the meter has then said so."""
+    """None where it would lie outside what is possible, (0, 1] without fp8; the meter has then said so."""
     mfu_causal: float | None
 
     def metrics(self) -> dict[str, float | None]:
@@ -230,6 +235,7 @@ class ThroughputMeter:
         device: where the steps run; decides the clock.
         remeasure: measures the peak again, TFLOP/s, if the model seems to be faster than a measured peak: something
             else kept the device busy the first time. None: the peak is known.
+        ceiling: the highest MFU that is possible, 1 unless units are used that are faster than those of the peak.
         warmup_steps: steps after `start` that don't count (compilation, autotuning, allocation).
         clock: for tests.
     """
@@ -243,6 +249,7 @@ class ThroughputMeter:
         world_size: int,
         device: torch.device,
         remeasure: Callable[[], float] | None = None,
+        ceiling: float = 1.0,
         warmup_steps: int = 2,
         clock: Clock | None = None,
     ) -> None:
@@ -250,6 +257,7 @@ class ThroughputMeter:
         self._flops_per_token_causal = flops_per_token_causal
         self.peak_tflops = peak_tflops
         self._remeasure = remeasure
+        self._ceiling = ceiling
         self._world_size = world_size
         self._warmup_left = warmup_steps
         self._clock = clock or (CudaClock(device) if device.type == "cuda" else HostClock())
@@ -320,7 +328,7 @@ class ThroughputMeter:
         per_device = tokens / seconds / self._world_size
         model_tflops = per_device * self._flops_per_token / 1e12
         causal_tflops = per_device * self._flops_per_token_causal / 1e12
-        if self._remeasure is not None and causal_tflops > self.peak_tflops:
+        if self._remeasure is not None and causal_tflops > self._ceiling * self.peak_tflops:
             self.peak_tflops = max(self.peak_tflops, self._remeasure())
         return Throughput(
             num_steps=len(times_s),
@@ -337,7 +345,7 @@ class ThroughputMeter:
     def _checked(self, key: str, tflops: float, tokens_per_s: float) -> float | None:
         """`tflops` over the peak if that is possible; else None, and an error in the log the first time."""
         mfu = tflops / self.peak_tflops
-        if 0 < mfu <= 1:
+        if 0 < mfu <= self._ceiling:
             return mfu
         if key not in self._complained:
             self._complained.add(key)
@@ -345,5 +353,5 @@ class ThroughputMeter:
             if key == MFU:
                 reason = f"{_MASKED_HALF} Otherwise the peak is too low for this device: {_REMEDY}"
             numbers = f"{tflops:.4g} model TFLOP/s a device ({tokens_per_s:.4g} tokens/s), peak {self.peak_tflops:.4g}"
-            _LOG.error(f"{key} is {mfu:.4g}, outside (0, 1], and is left out: {numbers}. {reason}")
+            _LOG.error(f"{key} is {mfu:.4g}, outside (0, {self._ceiling:g}], and is left out: {numbers}. {reason}")
         return None

@@ -1,10 +1,11 @@
-"""ZeRO-3's sums of gradients: each rank adds up its part of every parameter's, in fp32, over micro-batches and ranks.
+"""Sums of gradients in ZeRO-2 and 3: each rank adds up its part of every parameter's, in fp32, over micro-batches and
+ranks. And ZeRO-2's weights, gathered from such parts after the update.
 
 DeepSpeed 0.19.8 moves a micro-batch's gradient of b bytes an element five times between the product that makes it and
-the sum: into a bucket (b + 4 bytes), into another one in the order of ranks (8), divided by their number (8), the own
-part then added to its sum (12/W). Here it is rounded up into its place in the order of ranks (b + 4), reduced there,
-and the own part divided as it is added (12/W). On one rank it is added as it comes (b + 8), or not at all, where the
-layer has added it itself (`model.weight_gradient`).
+ZeRO-3's sum: into a bucket (b + 4 bytes), into another one in the order of ranks (8), divided by their number (8), the
+own part then added to its sum (12/W). Here it is rounded up into its place in the order of ranks (b + 4), reduced
+there, and the own part divided as it is added (12/W). On one rank it is added as it comes (b + 8), or not at all, where
+the layer has added it itself (`model.weight_gradient`).
 
 A bucket is a matrix (W, n): row r is what rank r keeps. A parameter whose elements W doesn't divide has zeros after its
 last. Gradients wait for their bucket to be full; parameters larger than one are cut. While one bucket travels, on a
@@ -15,7 +16,8 @@ W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,3 +136,74 @@ def in_rows(gradient: Tensor, world_size: int) -> Tensor:
     flat = gradient.reshape(-1)
     missing = -flat.numel() % world_size
     return (F.pad(flat, (0, missing)) if missing else flat).view(world_size, -1)
+
+
+def rows_of(parameter: nn.Parameter, world_size: int) -> Tensor:
+    """A parameter's memory as `in_rows` cuts it, (W, n). Where W doesn't divide the elements, it moves to have room."""
+    rows = in_rows(parameter.data, world_size)
+    parameter.data = rows.view(-1)[: parameter.numel()].view(parameter.shape)
+    return rows
+
+
+@dataclass
+class Message:
+    """Columns of parameters on their way from all ranks to all."""
+
+    own: Tensor
+    """This rank's row of them, (n,)."""
+    whole: Tensor
+    """Where all rows arrive, (W, n)."""
+    parts: list[Tensor]
+    """Each parameter's columns there, (W, m)."""
+    places: list[Tensor]
+    """The same columns in the parameters, (W, m)."""
+
+
+class ShardedWeights:
+    """Makes parameters whole on all ranks, once each has updated its row of them."""
+
+    def __init__(self, own: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], sums: ShardedSums) -> None:
+        """Of each group, `own`: this rank's row of its parameters, one after the other, (n,); `rows`: the parameters,
+        (W, m). Messages arrive in the buckets of `sums`, where nothing is between backward passes."""
+        self.group = sums.group
+        self.memories = [bucket.memory for bucket in sums.buckets]
+        """As many messages are under way at once; those after them take their places in turn."""
+        self.messages: list[Message] = []
+        if self.memories:
+            for row, matrices in zip(own, rows, strict=True):
+                self.plan(row, matrices)
+
+    def plan(self, own: Tensor, rows: Sequence[Tensor]) -> None:
+        """Add the messages of a group."""
+        world_size = len(rows[0])
+        columns = self.memories[0].view(own.dtype).numel() // world_size
+        for begin in range(0, own.numel(), columns):
+            end = min(begin + columns, own.numel())
+            memory = self.memories[len(self.messages) % len(self.memories)].view(own.dtype)
+            whole = memory[: world_size * (end - begin)].view(world_size, -1)
+            message, offset = Message(own[begin:end], whole, [], []), 0
+            for matrix in rows:
+                low, high = max(begin, offset), min(end, offset + matrix.shape[1])
+                if low < high:
+                    message.parts.append(whole[:, low - begin : high - begin])
+                    message.places.append(matrix[:, low - offset : high - offset])
+                offset += matrix.shape[1]
+            self.messages.append(message)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """While one message is copied to its places, the next travels. What is launched after this finds them whole."""
+        under_way: deque[tuple[Message, dist.Work]] = deque()
+
+        def arrive() -> None:
+            message, work = under_way.popleft()
+            work.wait()  # on a GPU its stream waits, and not the host
+            torch._foreach_copy_(message.places, message.parts)
+
+        for message in self.messages:
+            if len(under_way) == len(self.memories):
+                arrive()
+            work = dist.all_gather_into_tensor(message.whole.view(-1), message.own, group=self.group, async_op=True)
+            under_way.append((message, work))
+        while under_way:
+            arrive()

@@ -8,7 +8,7 @@ runs/<name>/
   wandb/           wandb's own files
   run.log          everything that libraries said, and tracebacks
   .start           the launcher's first start of the run; see `is_restart`
-  previous/N/      what `resume=never` found here and moved aside
+  previous/N/      what `resume=never` found here and moved aside, and the record of a run whose checkpoints are gone
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from configs.schema import RunConfig
 
 TOKENIZER = "tokenizer.json"
 WATERFALL = ("waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz")
-OURS = ("config.yaml", "metrics.jsonl", "curves.png", TOKENIZER, *WATERFALL, "checkpoints", "wandb", "run.log")
+RECORD = ("metrics.jsonl", "curves.png", *WATERFALL)
+"""What of it tells of the steps that were done."""
+OURS = ("config.yaml", *RECORD, TOKENIZER, "checkpoints", "wandb", "run.log")
 """What a run writes; anything else in the folder is the user's and stays."""
 
 
@@ -86,28 +89,26 @@ def claim(folder: RunFolder, resume: str, start: Mapping[str, str] | None = None
     an earlier one. Only the first rank calls this. Raises `UserError` where the folder can't be written or another run
     holds it.
     """
-    try:
+    with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.path / ".lock", "a+")  # noqa: SIM115 - held for the whole run
-    except OSError as error:
-        raise UserError(f"run_dir {folder.path} can't be written: {error.strerror}. Give run_dir=PATH.") from error
+        lock = open(folder.path / ".lock", "a+b", buffering=0)  # noqa: SIM115 - held for the whole run
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            owner = lock.read().strip() or "unknown"
+            owner = lock.read().decode().strip() or "unknown"
             raise UserError(
                 f"Another run (process {owner}) is writing to {folder.path}: wait for it, or give run_dir=PATH."
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
         again = is_restart(folder, start or {})
-        if resume == "never" and not again:
-            move_aside(folder)
-        if not again:
-            folder.start.write_text(json.dumps(dict(start or {})))
+        with writing(folder.path):
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+            if resume == "never" and not again:
+                move_aside(folder)
+            if not again:
+                folder.start.write_text(json.dumps(dict(start or {})))
         yield again
 
 
@@ -124,6 +125,15 @@ def is_restart(folder: RunFolder, start: Mapping[str, str]) -> bool:
     return same_job and start["slurm_restarts"] != first.get("slurm_restarts")
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what a disk or its permissions refuse into a `UserError` that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"run_dir {folder} can't be written: {error.strerror}. Give run_dir=PATH.") from error
+
+
 def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
     """Move what an earlier run wrote into `previous/<n>/`, the next free number. Returns that folder, or None."""
     found = [folder.path / name for name in names if (folder.path / name).exists()]
@@ -138,7 +148,14 @@ def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
 
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
-    """Write the resolved config, whole or not at all."""
+    """Write the resolved config, whole or not at all; where the run will save, see now that it can."""
     partial = folder.config.with_suffix(".yaml.tmp")
-    partial.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    partial.replace(folder.config)
+    with writing(folder.path):
+        partial.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        partial.replace(folder.config)
+    if config.train.save_every:
+        with writing(folder.checkpoints):
+            folder.checkpoints.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder.checkpoints) as probe:
+                probe.write(b"checkpoint")
+                probe.flush()

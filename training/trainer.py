@@ -17,7 +17,7 @@ from typing import Self, cast
 import torch
 
 from configs.errors import OUT_OF_MEMORY, OutOfMemoryError, UserError
-from configs.schema import NonFinite, Precision, RunConfig
+from configs.schema import Fp8, NonFinite, Precision, RunConfig
 from data import (
     GlobalBatch,
     MicroBatch,
@@ -28,6 +28,8 @@ from data import (
     load_tokenizer,
     prepare,
 )
+from data.preparation import Progress as DataProgress
+from data.preparation import ProgressCallback
 from data.progress import show_progress
 from data.report import describe_packing
 from model import build_model, resolve_attention
@@ -35,17 +37,18 @@ from model.flops import flops_per_token, parameter_counts
 from model.generate import generate
 from training import checkpoint, rng
 from training import metrics as m
-from training.backend import DTYPES
+from training.backend import DTYPES, arithmetic
 from training.batch import data_ranks, resolve_batch
 from training.console import RunSummary, print_summary, short_path
 from training.engine import Engine, build_engine
 from training.hardware import Peak, device_peak
-from training.logging import RunLogger, system_info
-from training.metrics import Throughput, ThroughputMeter
+from training.logging import RunLogger, read_metrics, system_info
+from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
 from training.resume import resume
+from training.run import RECORD, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
 from training.session import Session
@@ -112,7 +115,7 @@ class Trainer:
     def _build(self, stack: ExitStack) -> None:
         config, session, processes = self.config, self.session, self.processes
         with show_progress(session.terminal.console) as report:
-            self.corpus = prepare(config.data, report)
+            self.corpus = prepare(config.data, stopping(report, session))
         self.tokenizer = load_tokenizer(self.corpus)
         self.model_config = replace(config.model, vocab_size=vocabulary(config, self.corpus))
         self.replicas = data_ranks(config.engine, processes.world_size)
@@ -128,6 +131,7 @@ class Trainer:
         self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
         if processes.is_main:
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
+            self._keep_earlier_metrics()
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
         self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))
@@ -146,6 +150,16 @@ class Trainer:
         stack.enter_context(self.watchdog)
         self.watchdog.compiling()
         self.meter.start()
+
+    def _keep_earlier_metrics(self) -> None:
+        """A run that starts anew beside the record of an earlier one, whose checkpoints are gone, leaves it whole."""
+        folder = self.session.folder
+        if self.state.step == 0 and read_metrics(folder.metrics):
+            kept = move_aside(folder, RECORD)
+            assert kept is not None
+            self.session.terminal.warn(
+                f"there is no checkpoint to go on from: the run starts anew, earlier metrics are in {short_path(kept)}"
+            )
 
     def _loader(self) -> TokenLoader:
         config, processes = self.config, self.processes
@@ -189,7 +203,9 @@ class Trainer:
     def _measure_peak(self) -> Peak:
         hardware = self.config.hardware
         tf32 = hardware.tf32 and not self.config.deterministic
-        return device_peak(self.processes.device, self.engine.precision, hardware.peak_tflops, tf32)
+        peak = device_peak(self.processes.device, self.engine.precision, hardware.peak_tflops, tf32)
+        recipe = self.config.engine.fp8
+        return peak if recipe is Fp8.none else replace(peak, note=f"{peak.note}; engine.fp8={recipe} can exceed it")
 
     def _meter(self) -> ThroughputMeter:
         measured = self.peak.source == "measured" and self.processes.is_main
@@ -201,6 +217,7 @@ class Trainer:
             world_size=self.processes.world_size,
             device=self.processes.device,
             remeasure=(lambda: self._measure_peak().tflops) if measured else None,
+            ceiling=1.0 if self.config.engine.fp8 is Fp8.none else FP8_CEILING,
         )
 
     def _profiler(self) -> StepProfiler:
@@ -224,9 +241,13 @@ class Trainer:
         takers = ranks if shared == 1 else f"{self.replicas} of {shared} ranks"
         say = self.session.terminal.say
         say(
-            f"{config.name}: {count / 1e6:,.1f} M parameters, {attention} attention, {self.engine.precision}, "
-            f"ZeRO-{config.engine.zero_stage}, {ranks} on {self.peak.device_name}"
+            f"{config.name}: {count / 1e6:,.1f} M parameters, {attention} attention, "
+            f"{arithmetic(config.engine, self.engine.precision)}, ZeRO-{config.engine.zero_stage}, "
+            f"{ranks} on {self.peak.device_name}"
         )
+        if config.engine.fp8 is not Fp8.none:
+            emulated = ", emulated" if self.processes.device.type == "cpu" else ""
+            say(f"  engine.fp8={config.engine.fp8}{emulated}: MFU is of the bf16 peak all the same")
         tokens = plan.global_batch_size * config.model.sequence_length
         say(
             f"{self.corpus.train.num_tokens:,} training tokens; {tokens:,} a step: {plan.global_batch_size} sequences "
@@ -519,6 +540,22 @@ class Trainer:
             world_size=self.processes.world_size,
             wandb_note=self.logger.wandb_note,
         )
+
+
+def stopping(report: ProgressCallback, session: Session) -> ProgressCallback:
+    """`report`, which ends the run once a signal has come: a preparation takes hours, and is gone on with later.
+
+    Each rank goes by its own signal, since the ranks wait for each other in files and not in a collective.
+    """
+
+    def update(progress: DataProgress) -> None:
+        if session.interrupts.requested:
+            reason, code = session.interrupts.reason, session.interrupts.own_exit_code
+            session.terminal.say(f"Stopped by {reason} while preparing the corpus: the same command goes on with it.")
+            raise SystemExit(code)
+        report(progress)
+
+    return update
 
 
 def vocabulary(config: RunConfig, corpus: PreparedData) -> int:

@@ -17,6 +17,7 @@ from model.sequence import problems as sequence_problems
 from training.backend import (
     DTYPES,
     check_engine,
+    check_fp8,
     resolve_precision,
     should_be_lean,
     should_fuse_step,
@@ -90,6 +91,10 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         "logging.wandb_timeout_s": (config.logging.wandb_timeout_s, 0),
         "seed": (config.seed, 0),
     }
+    if config.seed >= 1 << 63:
+        yield f"seed is {config.seed}: it must be below 2^63."
+    if not config.name:
+        yield "name is empty: it names the run folder, runs/NAME, and the run in wandb."
     for key, (value, minimum) in at_least.items():
         if not value >= minimum:
             yield f"{key} is {value}: it must be at least {minimum}."
@@ -149,7 +154,13 @@ def _device(config: RunConfig, world_size: int) -> Iterator[str]:
         yield str(error)
         return
     yield from _toggles(config, precision, device, world_size)
-    if config.model.attention is not Attention.auto and not check(config.model, config.data.document_mask):
+    if check(config.model, config.data.document_mask):
+        return  # said before; what follows builds on it
+    try:
+        check_fp8(config.engine, config.model, precision, device)
+    except UserError as error:
+        yield from str(error).splitlines()
+    if config.model.attention is not Attention.auto:
         try:
             resolve_attention(config.model, device, DTYPES[precision])
         except UserError as error:

@@ -143,12 +143,12 @@ def _run(
     extras = (*(cu_seqlens or (None, None)), alibi_slopes)
     if forward_ad._current_level >= 0:
         _refuse_tangents((*packed, alibi_slopes))
-    key = None
-    if not torch.compiler.is_dynamo_compiling() and _op.is_plain((*packed, *extras)):
+    key = call = None
+    if not torch.compiler.is_dynamo_compiling():
         scalars = (*(max_seqlens or ()), dropout_p, softmax_scale, causal, *window_size, softcap, deterministic)
         if _HASHED.issuperset(map(type, scalars)):
-            key = _op.key_of((*packed, *extras), (name, *scalars))
-    call = _op.known_calls.get(key) if key is not None else None
+            key = (name, *scalars)
+            call = _op.find_call(key, packed, extras)
     if call is not None:
         rng_state = _random_state(packed[0]) if dropout_p > 0.0 else None
         options = (*extras, rng_state, *call.scalars)

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 PATH_ENV = "FLASH_ATTN_PATH"
+"""Read by every call; a backward that is remembered with its forward (`op.KnownCall`) takes what that one read."""
 PATHS: dict[str, str] = {"hopper": "kernels.attention.hopper", "portable": "kernels.attention.portable"}
 """Path name -> the package that implements it."""
 AUTO_PATHS: tuple[str, ...] = ("hopper", "portable")

@@ -12,23 +12,33 @@ output shapes (fake kernels), cast q, k, v under autocast, and refuse second der
 drawn outside (``rng_state``), so that an operator is a pure function of its arguments.
 
 PyTorch's way to an operator written in Python costs the host as much as starting its kernels. So a call that PyTorch
-has taken once is known by its geometry, and the next one like it goes past the dispatcher, straight to the kernels
-(`run_known`), wherever the dispatcher would have done nothing but come there (`is_plain`).
+has taken once, where the dispatcher had nothing to do but come to us (`is_plain`), is remembered, and the next one on
+tensors `Alike` goes past the dispatcher, straight to the kernels (`find_call`, `run_known`). Its backward is remembered
+with it (`KnownCall.gradients`).
 """
 
 import contextlib
-import functools
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kernels.attention import portable
-from kernels.attention.dispatch import PATH_ENV, AttnExtras, AttnParams, Path, choose_path, describe, get_path
+from kernels.attention.dispatch import (
+    PATH_ENV,
+    AttnExtras,
+    AttnParams,
+    Direction,
+    Path,
+    choose_path,
+    describe,
+    get_path,
+)
+from kernels.attention.memory import uninitialised
+from kernels.attention.plain import PLAIN_TYPES, Alike, is_heard, is_plain
 
 NAMESPACE = "flashtrain"
 _OPTIONS = (
@@ -41,6 +51,7 @@ PACKINGS = {"attention": ("q", "k", "v"), "attention_kvpacked": ("q", "kv"), "at
 _MAX_ROW_STRIDE = 2**23
 """Kernels compute offsets inside a tile of up to 256 rows in 32 bits."""
 
+_T = TypeVar("_T")
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -78,6 +89,45 @@ class _Known:
 
 
 @dataclass(frozen=True, slots=True)
+class _KnownBackward:
+    """The same for a backward."""
+
+    known: _Known
+    need_q: bool
+    need_kv: bool
+    layouts: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    """Shape, strides and dtype of the gradient of each tensor of the operator, empty where none is wanted."""
+
+    def run(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        packed: tuple[Tensor, ...],
+        extras: AttnExtras,
+    ) -> tuple[Tensor, ...]:
+        """The gradients of ``packed``, tensors of an operator."""
+        if is_elsewhere(dout):
+            with torch.cuda.device(dout.device):
+                return self.run(dout, dlse, out, lse, packed, extras)
+        grads = tuple([uninitialised(*layout, dout) for layout in self.layouts])
+        if extras.cu_seqlens_q is not None:  # tokens past its end belong to no sequence: no kernel writes theirs
+            for grad in grads:
+                grad.zero_()
+        q, k, v = packed if len(packed) == 3 else unpack(packed)
+        dq, dk, dv = unpack(grads) if self.need_kv else (grads[0], None, None)
+        known = self.known
+        if not known.ready:
+            q, k, v, dout = (_kernel_ready(t) for t in (q, k, v, dout))
+        if dlse is not None:
+            dlse = dlse.contiguous()
+        dq = dq if self.need_q else None
+        known.path.backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, known.params, extras, known.memo)
+        return grads
+
+
+@dataclass(frozen=True, slots=True)
 class KnownCall:
     """A call of a public function that PyTorch has taken once."""
 
@@ -86,22 +136,73 @@ class KnownCall:
     scalars: tuple[Any, ...]
     """The operator's arguments after its tensors."""
     known: _Known
+    alike: Alike
+    """Recognises the call's tensors: the operator's and those extras that there are, random numbers aside."""
+    differentiable: bool
+    has_extras: bool
+    forced: str | None
+    """The path that the environment named; the backwards remembered here take it too."""
+    backwards: dict[tuple[bool, ...], tuple[Alike, _KnownBackward]] = field(default_factory=dict)
+    """Which of the tensors want a gradient, and whether LSE has one -> the last such backward, with what recognises
+    its tensors: all those of `gradients` that there are."""
+
+    def forward(self, packed: tuple[Tensor, ...], extras: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+        return self.known.forward(packed, _parse_extras(extras) if self.has_extras else _NO_EXTRAS)
+
+    def gradients(
+        self, wanted: tuple[bool, ...], dout: Tensor | None, dlse: Tensor | None, saved: tuple[Any, ...]
+    ) -> tuple[Tensor | None, ...] | None:
+        """As `_gradients`, at once; None where the tensors differ from those of an earlier backward in more than their
+        addresses."""
+        remembered = self.backwards.get((*wanted, dlse is None))
+        if remembered is None or dout is None or is_heard():
+            return None
+        alike, backward = remembered
+        if not alike(_present((dout, dlse, *saved))):
+            return None
+        end = 2 + len(wanted)
+        extras = _parse_extras(saved[end:]) if self.has_extras else _NO_EXTRAS
+        grads = backward.run(dout, dlse, saved[0], saved[1], saved[2:end], extras)
+        if all(wanted):
+            return grads
+        return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
+
+    def remember(
+        self,
+        wanted: tuple[bool, ...],
+        dout: Tensor,
+        dlse: Tensor | None,
+        saved: tuple[Any, ...],
+        backward: _KnownBackward,
+    ) -> None:
+        """Let `gradients` take ``backward`` for tensors like these, which are plain."""
+        if os.environ.get(PATH_ENV) == self.forced:
+            self.backwards[(*wanted, dlse is None)] = Alike(_present((dout, dlse, *saved))), backward
 
 
 _known: dict[tuple[Any, ...], _Known] = {}
-known_calls: dict[tuple[Any, ...], KnownCall] = {}
+_known_backwards: dict[tuple[Any, ...], _KnownBackward] = {}
+known_calls: dict[tuple[Any, ...], list[KnownCall]] = {}
+"""What is asked of `find_call` but for the tensors' details -> the calls that differ in those, last learned first."""
 _MAX_KNOWN = 4096
+_MAX_ALIKE = 8
+"""Calls that one key leads to."""
 
 
 def forget() -> None:
     """Drop all that was worked out for calls seen so far: needed after a change of a tuning table."""
-    _known.clear()
+    for calls in known_calls.values():
+        for call in calls:
+            call.backwards.clear()  # autograd may hold the call
     known_calls.clear()
+    _known_backwards.clear()
+    _known.clear()
 
 
 def is_elsewhere(tensor: Tensor) -> bool:
     """Whether ``tensor`` is not on the current device, on which kernels start."""
-    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return tensor.is_cuda and tensor.get_device() != torch._C._cuda_getDevice()
 
 
 def key_of(tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -112,15 +213,18 @@ def key_of(tensors: tuple[Tensor | None, ...], scalars: tuple[Any, ...]) -> tupl
     return (os.environ.get(PATH_ENV), tensors[0].device, *geometry, *scalars)
 
 
-def _learn(key: tuple[Any, ...], tensors: tuple[Tensor, ...], options: tuple[Any, ...], direction: Any) -> _Known:
-    """Choose the path of a call on ``tensors`` (q, k, v, and dout backward) and keep the choice."""
+def _learn(tensors: tuple[Tensor, ...], options: tuple[Any, ...], direction: Direction) -> _Known:
+    """Choose the path of a call on ``tensors`` (q, k, v, and dout backward)."""
     params, extras = _parse_options(options)
     path = get_path(choose_path(describe(tuple(map(_kernel_ready, tensors)), params, extras, direction)))
-    known = _Known(path, params, all(_kernel_ready(t) is t for t in tensors))
-    if len(_known) >= _MAX_KNOWN:
-        _known.clear()
-    _known[key] = known
-    return known
+    return _Known(path, params, all(_kernel_ready(t) is t for t in tensors))
+
+
+def _keep(table: dict[tuple[Any, ...], _T], key: tuple[Any, ...], value: _T) -> _T:
+    if len(table) >= _MAX_KNOWN:
+        forget()
+    table[key] = value
+    return value
 
 
 _NO_EXTRAS = AttnExtras()
@@ -164,7 +268,7 @@ def _forward(num_tensors: int) -> Callable[..., tuple[Tensor, Tensor]]:
         num_saved = num_tensors + NUM_EXTRAS
         packed, options = args[:num_tensors], args[num_tensors:]
         key = key_of(args[:num_saved], args[num_saved:])
-        known = _known.get(key) or _learn(key, unpack(packed), options, "forward")
+        known = _known.get(key) or _keep(_known, key, _learn(unpack(packed), options, "forward"))
         return known.forward(packed, _parse_extras(options))
 
     return forward
@@ -180,85 +284,80 @@ def _forward_fake(num_tensors: int) -> Callable[..., tuple[Tensor, Tensor]]:
     return forward
 
 
-def _new_gradients(packed: tuple[Tensor, ...], wanted: tuple[bool, ...], varlen: bool) -> list[Tensor]:
-    """One contiguous gradient per input, an empty tensor where none is wanted. Varlen gradients start at 0:
-    tokens past cu_seqlens[-1] belong to no sequence, and no kernel writes them."""
-    make = torch.zeros_like if varlen else torch.empty_like
-    return [
-        make(tensor, memory_format=torch.contiguous_format) if want else tensor.new_empty(0)
-        for tensor, want in zip(packed, wanted, strict=True)
-    ]
-
-
 def _wanted(num_tensors: int, need_q: bool, need_kv: bool) -> tuple[bool, ...]:
     if num_tensors == 1:
         return (need_q or need_kv,)
     return (need_q, need_kv, need_kv)[:num_tensors]
 
 
+def _backward_of(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, packed: tuple[Tensor, ...], need_q: bool,
+    need_kv: bool, options: tuple[Any, ...],
+) -> _KnownBackward:  # fmt: skip
+    """How to compute the gradients of these tensors: looked up, or worked out."""
+    tensors = (dout, dlse, out, lse, *packed, *options[:NUM_EXTRAS])
+    key = key_of(tensors, (need_q, need_kv, *options[NUM_EXTRAS:]))
+    found = _known_backwards.get(key)
+    if found is None:
+        known = _learn((*unpack(packed), dout), options, "backward")
+        likes = zip(packed, _wanted(len(packed), need_q, need_kv), strict=True)
+        grads = [torch.empty(t.shape if want else (0,), dtype=t.dtype, device="meta") for t, want in likes]
+        layouts = tuple((tuple(g.shape), g.stride(), g.dtype) for g in grads)
+        any_q, any_kv = (need_q or need_kv, True) if len(packed) == 1 else (need_q, need_kv)
+        found = _keep(_known_backwards, key, _KnownBackward(known, any_q, any_kv, layouts))
+    return found
+
+
 def _backward(num_tensors: int) -> Callable[..., Any]:
     def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
-        packed = args[:num_tensors]
-        need_q, need_kv = args[num_tensors : num_tensors + 2]
+        packed, (need_q, need_kv) = args[:num_tensors], args[num_tensors : num_tensors + 2]
         options = args[num_tensors + 2 :]
-        extras = _parse_extras(options)
-        grads = _new_gradients(packed, _wanted(num_tensors, need_q, need_kv), extras.varlen)
-        slices = unpack(tuple(grads)) if num_tensors == 1 or need_kv else (grads[0], None, None)
-        dq, dk, dv = slices if need_q or num_tensors == 1 else (None, *slices[1:])
-        q, k, v = unpack(packed)
-        tensors = (dout, dlse, out, lse, *packed, *options[:NUM_EXTRAS])
-        key = key_of(tensors, (need_q, need_kv, *options[NUM_EXTRAS:]))
-        known = _known.get(key) or _learn(key, (q, k, v, dout), options, "backward")
-        if not known.ready:
-            q, k, v, dout = (_kernel_ready(t) for t in (q, k, v, dout))
-        dlse = None if dlse is None else dlse.contiguous()
-        arguments = (dout, q, k, v, out, lse, dlse, dq, dk, dv, known.params, extras, known.memo)
-        if is_elsewhere(q):
-            with torch.cuda.device(q.device):
-                known.path.backward(*arguments)
-        else:
-            known.path.backward(*arguments)
-        return tuple(grads) if num_tensors > 1 else grads[0]
+        found = _backward_of(dout, dlse, out, lse, packed, need_q, need_kv, options)
+        grads = found.run(dout, dlse, out, lse, packed, _parse_extras(options))
+        return grads if num_tensors > 1 else grads[0]
 
     return backward
-
-
-_BACKWARD = {len(names): _backward(len(names)) for names in PACKINGS.values()}
 
 
 def _backward_fake(num_tensors: int) -> Callable[..., Any]:
     def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> Any:
         packed = args[:num_tensors]
         need_q, need_kv = args[num_tensors : num_tensors + 2]
-        grads = _new_gradients(packed, _wanted(num_tensors, need_q, need_kv), varlen=False)
-        return tuple(grads) if num_tensors > 1 else grads[0]
+        grads = tuple(
+            tensor.new_empty(tensor.shape if want else 0)
+            for tensor, want in zip(packed, _wanted(num_tensors, need_q, need_kv), strict=True)
+        )
+        return grads if num_tensors > 1 else grads[0]
 
     return backward
 
 
 def _gradients(
     name: str,
-    num_tensors: int,
     saved: tuple[Any, ...],
     scalars: tuple[Any, ...],
     wanted: tuple[bool, ...],
     dout: Tensor | None,
     dlse: Tensor | None,
+    call: "KnownCall | None" = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of an operator's tensors. ``saved``: out, lse, the tensors and the extras of the forward."""
+    """Gradients of an operator's tensors, of each of which ``wanted`` says whether it needs one. ``saved``: out, lse,
+    the tensors and the extras of the forward. ``call``: what is to remember how it was done."""
     if dout is None and dlse is None:
-        return (None,) * num_tensors
-    out, lse, *rest = saved
-    packed, extras = rest[:num_tensors], rest[num_tensors:]
-    need_q, need_kv = wanted[0], any(wanted[1:]) or num_tensors == 1
+        return (None,) * len(wanted)
+    out, lse, packed, extras = saved[0], saved[1], saved[2 : 2 + len(wanted)], saved[2 + len(wanted) :]
+    need_q, need_kv = wanted[0], any(wanted[1:]) or len(wanted) == 1
     dout = torch.zeros_like(out) if dout is None else dout
-    arguments = (dout, dlse, out, lse, *packed, need_q, need_kv, *extras, *scalars)
     # With gradients on, somebody wants second derivatives: the operator knows what to say
-    if not torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and is_plain((*saved, dout, dlse)):
-        grads = _BACKWARD[num_tensors](*arguments)
+    if not torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and is_plain((dout, dlse, *saved)):
+        found = _backward_of(dout, dlse, out, lse, packed, need_q, need_kv, (*extras, *scalars))
+        grads = found.run(dout, dlse, out, lse, packed, _parse_extras(extras))
+        if call is not None:
+            call.remember(wanted, dout, dlse, saved, found)
     else:
-        grads = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default(*arguments)
-    grads = grads if num_tensors > 1 else (grads,)
+        backward = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+        grads = backward(dout, dlse, out, lse, *packed, need_q, need_kv, *extras, *scalars)
+        grads = grads if len(wanted) > 1 else (grads,)
     if all(wanted):
         return grads
     return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
@@ -277,7 +376,7 @@ def _setup_context(num_tensors: int) -> Callable[..., None]:
 def _autograd(name: str, num_tensors: int) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:num_tensors]
-        grads = _gradients(name, num_tensors, ctx.saved_tensors, ctx.scalars, wanted, dout, dlse)
+        grads = _gradients(name, ctx.saved_tensors, ctx.scalars, wanted, dout, dlse)
         return grads + (None,) * (NUM_EXTRAS + len(ctx.scalars))
 
     return backward
@@ -295,7 +394,7 @@ class _KnownCallFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: KnownCall, extras: tuple[Tensor | None, ...], *packed: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = call.known.forward(packed, _parse_extras(extras))
+        out, lse = call.forward(packed, extras)
         ctx.save_for_backward(out, lse, *packed, *extras)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -303,8 +402,12 @@ class _KnownCallFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, wanted = ctx.call, ctx.needs_input_grad[2:]
-        grads = _gradients(call.name, len(wanted), ctx.saved_tensors, call.scalars, wanted, dout, dlse)
+        call, saved, wanted = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        grads = None
+        if not torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled():
+            grads = call.gradients(wanted, dout, dlse, saved)
+        if grads is None:
+            grads = _gradients(call.name, saved, call.scalars, wanted, dout, dlse, call)
         return (None, None, *grads)
 
 
@@ -312,72 +415,60 @@ class _KnownCallFunction(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, _KnownCallFunction).apply
 
 
+def find_call(
+    scalars: tuple[Any, ...], packed: tuple[Tensor, ...], extras: tuple[Tensor | None, ...]
+) -> KnownCall | None:
+    """What `learn_call` made of a call with these ``scalars``, on tensors that differ from these in their addresses at
+    most."""
+    if is_heard() or not PLAIN_TYPES.issuperset(map(type, packed)):  # sizes of others may be symbols
+        return None
+    calls = known_calls.get(_call_key(scalars, packed))
+    if calls is not None:
+        given = _present((*packed, *extras))
+        for call in calls:
+            if call.alike(given):
+                return call
+    return None
+
+
 def run_known(call: KnownCall, packed: tuple[Tensor, ...], extras: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    """(out, lse), differentiable, of tensors that `is_plain` and geometry that ``call`` was learned from."""
-    if torch.is_grad_enabled():
-        for tensor in packed:
-            if tensor.requires_grad:
-                out, lse = _apply(call, extras, *packed)
-                return out, lse
-    return call.known.forward(packed, _parse_extras(extras))
+    """(out, lse), differentiable, of tensors for which ``call`` was found."""
+    if call.differentiable and torch.is_grad_enabled():
+        out, lse = _apply(call, extras, *packed)
+        return out, lse
+    return call.forward(packed, extras)
 
 
-def learn_call(key: tuple[Any, ...], name: str, packed: tuple[Tensor, ...], options: tuple[Any, ...]) -> None:
-    """Remember under ``key`` a call that the operator has just computed."""
+def learn_call(scalars: tuple[Any, ...], name: str, packed: tuple[Tensor, ...], options: tuple[Any, ...]) -> None:
+    """Let `find_call` find under ``scalars`` a call that the operator has just computed."""
     extras, given = options[:NUM_EXTRAS], options[NUM_EXTRAS:]
     kinds = (int, int, float, bool, int, int, float, float, bool)  # of _OPTIONS: the dispatcher has converted its own
-    scalars = tuple(kind(value) for kind, value in zip(kinds, given, strict=True))
-    known = _known.get(key_of((*packed, *extras), scalars))
-    if known is not None:  # a mode may have computed it another way
-        if len(known_calls) >= _MAX_KNOWN:
-            known_calls.clear()
-        known_calls[key] = KnownCall(name, scalars, known)
+    converted = tuple(kind(value) for kind, value in zip(kinds, given, strict=True))
+    tensors = _present((*packed, *extras[:-1]))
+    known = _known.get(key_of((*packed, *extras), converted)) if is_plain(tensors) else None
+    if known is None:  # a mode may have computed it another way
+        return
+    call = KnownCall(
+        name,
+        converted,
+        known,
+        Alike(tensors),
+        differentiable=any(t.requires_grad for t in packed),
+        has_extras=any(t is not None for t in extras),
+        forced=os.environ.get(PATH_ENV),
+    )
+    key = _call_key(scalars, packed)
+    calls = known_calls.get(key) or _keep(known_calls, key, [])
+    calls.insert(0, call)
+    del calls[_MAX_ALIKE:]
 
 
-def is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether an operator called now on ``tensors``, the first of them present, would come to our kernels and nothing
-    else: no mode, no autocast, no transform, no profiler that wants to hear of operators, no tensor that only looks
-    like one, and a single device."""
-    tls, dispatch_keys = _usual_keys(), torch._C._dispatch_keys
-    if (
-        torch._C._len_torch_function_stack()
-        or torch.autograd._profiler_enabled()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() != tls[0]
-        or torch._C._dispatch_tls_local_exclude_set().raw_repr() != tls[1]
-    ):
-        return False
-    first = tensors[0]
-    assert first is not None
-    index, keys = first.get_device(), _plain_keys(first.is_cuda)
-    for tensor in tensors:
-        if tensor is not None and (
-            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
-            or tensor.get_device() != index
-            or dispatch_keys(tensor).raw_repr() != keys
-        ):
-            return False
-    return True
+def _call_key(scalars: tuple[Any, ...], packed: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return (os.environ.get(PATH_ENV), packed[0].shape, packed[-1].shape, *scalars)
 
 
-@functools.cache
-def _usual_keys() -> tuple[int, int]:
-    """Dispatch keys that a thread includes and excludes while nothing was switched on or off in it."""
-    found: list[tuple[int, int]] = []
-
-    def look() -> None:
-        include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        found.append((include.raw_repr(), exclude.raw_repr()))
-
-    thread = threading.Thread(target=look)  # a new one: this one may be within anything
-    thread.start()
-    thread.join()
-    return found[0]
-
-
-@functools.cache
-def _plain_keys(cuda: bool) -> int:
-    """Dispatch keys of a tensor that is nothing special, of a GPU or of the CPU. Called where `_usual_keys` hold."""
-    return torch._C._dispatch_keys(torch.empty(0, device="cuda" if cuda else "cpu")).raw_repr()
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
 
 
 def _register_autocast(name: str, num_tensors: int) -> None:
@@ -407,7 +498,7 @@ def _define(name: str, inputs: tuple[str, ...]) -> None:
     )
     for key in ("CUDA", "CPU"):
         _library.impl(name, _forward(num), key)
-        _library.impl(f"{name}_backward", _BACKWARD[num], key)
+        _library.impl(f"{name}_backward", _backward(num), key)
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, _forward_fake(num), lib=_library)
     torch.library.register_fake(f"{qualified}_backward", _backward_fake(num), lib=_library)

@@ -65,10 +65,18 @@ class Launch:
     def __call__(self, *tensors: Tensor | None) -> None:
         """Start the kernel on the current device, which must be that of ``tensors``: one for each place, in the order
         of ``arguments``. None is passed over, so that an optional tensor may stand where there was none."""
-        given = [t for t in tensors if t is not None]
         replay = self._aligned
-        if replay is None or not replay.start(given):
-            self._start(given)
+        if replay is not None and not _is_hooked():
+            addresses, low_bits, some = [], 0, None
+            for tensor in tensors:
+                if tensor is not None:
+                    some, address = tensor, tensor.data_ptr()
+                    addresses.append(address)
+                    low_bits |= address
+            if some is not None and low_bits & 15 == 0:
+                replay.start(replay.stream(some.get_device()), addresses)
+                return
+        self._start([t for t in tensors if t is not None])
 
     def _start(self, tensors: Sequence[Tensor]) -> None:
         """The first start, and any that can't be replayed on 16-byte aligned pointers."""
@@ -113,7 +121,7 @@ class _Replay:
         nested: whether the launcher takes the kernel's arguments as one sequence.
     """
 
-    __slots__ = ("_get_stream", "_head", "_nested", "_places", "_raw", "_tail", "_values", "owner")
+    __slots__ = ("_head", "_nested", "_places", "_raw", "_tail", "_values", "owner", "stream")
 
     def __init__(
         self,
@@ -127,27 +135,46 @@ class _Replay:
     ) -> None:
         self._raw, self._head, self._tail, self._values, self._places = raw, head, tail, values, places
         self._nested = nested
-        self._get_stream = driver.active.get_current_stream
+        self.stream: Callable[[int], int] = driver.active.get_current_stream
+        """Index of a device -> its current stream."""
         self.owner = owner
         """Unloads the code when it goes."""
 
-    def start(self, tensors: Sequence[Tensor]) -> bool:
-        """Start the kernel on ``tensors``. False, and nothing started, if it must be done another way."""
-        if _is_hooked():
-            return False
+    def start(self, stream: int, addresses: Sequence[int]) -> None:
+        """Start the kernel on tensors at ``addresses``, multiples of 16."""
         values = self._values.copy()
-        low_bits = 0
-        for (at, maps), tensor in zip(self._places, tensors, strict=True):
-            address = tensor.data_ptr()
-            low_bits |= address
-            values[at] = address if maps is None else maps.get(address) or maps.encode(address, tensor)
-        if low_bits & 15:
-            return False
-        stream = self._get_stream(tensors[0].get_device())
+        for (at, maps), address in zip(self._places, addresses, strict=True):
+            values[at] = address if maps is None else maps.get(address) or maps.encode(address)
         if self._nested:
             self._raw(*self._head, stream, *self._tail, values)
         else:
             self._raw(*self._head, stream, *self._tail, *values)
+
+
+class Chain:
+    """Launches that follow one another. Once each has been started, all of them start on addresses alone: hooks and
+    stream are asked for once, and memory that only they use needs no tensors."""
+
+    __slots__ = ("_launches", "_replays")
+
+    def __init__(self, *launches: Launch) -> None:
+        self._launches = launches
+        self._replays: list[_Replay] = []
+
+    def start(self, device: int, *addresses: Sequence[int]) -> bool:
+        """Start each launch on its ``addresses``, one for each place and multiples of 16, on the current stream of the
+        current device, whose index is ``device`` (-1: CPU). False, and nothing started, if they must be called."""
+        if _is_hooked():
+            return False
+        replays = self._replays
+        if not replays:
+            replays = [launch._aligned for launch in self._launches if launch._aligned is not None]
+            if len(replays) < len(self._launches):
+                return False
+            self._replays = replays
+        stream = replays[0].stream(device)
+        for replay, places in zip(replays, addresses, strict=True):
+            replay.start(stream, places)
         return True
 
 
@@ -160,12 +187,24 @@ class _Maps(dict[int, Any]):
         super().__init__()
         self._template, self._encode = template, encode
 
-    def encode(self, address: int, tensor: Tensor) -> Any:
-        """Encode and keep the descriptor of ``tensor``, which starts at ``address``."""
+    def encode(self, address: int) -> Any:
+        """Encode and keep the descriptor of a tensor that starts at ``address``."""
         if len(self) >= MAX_MAPS:
             self.clear()
-        self[address] = encoded = self._encode(_describe(tensor, self._template))
+        self[address] = encoded = self._encode(_describe(_Start(address), self._template))
         return encoded
+
+
+class _Start:
+    """Where a tensor starts, all of it that its descriptor needs to know."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 def _replay_of(compiled: Any, grid: tuple[int, ...], arguments: list[Any], places: dict[int, Any]) -> _Replay | None:
@@ -247,7 +286,7 @@ def _template(value: Any) -> tuple[type, dict[str, Any]] | None:
     return type(value), {name: x for name, x in vars(value).items() if name != "base"}
 
 
-def _describe(tensor: Tensor, template: tuple[type, dict[str, Any]]) -> Any:
+def _describe(tensor: Tensor | _Start, template: tuple[type, dict[str, Any]]) -> Any:
     """A descriptor like the one ``template`` was made from, of another tensor; its fields were checked then."""
     kind, fields = template
     descriptor: Any = object.__new__(kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from configs.schema import DataConfig, MixtureSource, Source
 from data import DataError, PreparedData, Progress, TokenLoader, load_tokenizer, prepare, prepare_tokenizer
 from data.order import BLOCK, MixtureOrder, SampleOrder, quotas
 from tests.data.conftest import jsonl_config, write_jsonl
-from tests.runs.conftest import Runs
 
 S = 16
 ALPHABETS = {"big": "abcdef", "small": "UVWXYZ", "digits": "012345"}
@@ -262,24 +260,3 @@ def test_on_the_command_line() -> None:
     assert (entry.name, entry.weight, entry.source, entry.path) == ("a", 2.0, Source.jsonl, "x.jsonl")
     with pytest.raises(UserError, match="Unknown key 'wieght'"):
         compose(["data.mixture=[{name: a, wieght: 2}]"])
-
-
-@pytest.mark.slow
-def test_a_run_on_a_mixture(config: DataConfig, tmp_path: Path) -> None:
-    """Losses and epochs by source, and their mean, are logged; other weights on resuming are a warning."""
-    runs = Runs(tmp_path / "cache")
-
-    def train(steps: int, weight: float) -> str:
-        sources = [f"{{name: {e.name}, weight: {weight}, source: jsonl, path: {e.path}}}" for e in config.mixture[:2]]
-        mixture = f"data.mixture=[{sources[0]}, {sources[1].replace(str(weight), '1.0')}]"
-        return runs.run("data=mixture", mixture, f"train.steps={steps}", f"run_dir={tmp_path / 'run'}").stdout
-
-    assert "big: 75.00% of them" in train(4, 3.0)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    last = rows[-1]
-    assert last["val/loss"] == pytest.approx(0.75 * last["val/loss/big"] + 0.25 * last["val/loss/small"])
-    assert last["val/loss/big"] != last["val/loss/small"]
-    assert last["data/epoch/big"] > 0
-    again = train(6, 1.0)
-    assert "data.mixture.big.weight was 3.0, is 1.0: the run goes on differently" in " ".join(again.split())
-    assert "val/loss/small" in again

@@ -293,6 +293,48 @@ def test_a_missing_shard_and_a_broken_manifest(copy: Path, tiny: PreparedData) -
         prepare(config)
 
 
+def test_ids_past_the_vocabulary(copy: Path) -> None:
+    """Found where they are read, in training and in evaluation: a GPU would stop without saying where."""
+    path = copy / "train" / "00001.tokens"
+    sound = open_prepared(copy).train
+    start = sound.info.shards[0].num_tokens
+    assert sound.read(np.array([0, start - 3]), 6).max() < sound.vocab_size
+    data = bytearray(path.read_bytes())
+    data[4:6] = b"\xff\xff"
+    path.write_bytes(data)
+    damaged = open_prepared(copy).train
+    damaged.read(np.array([0, start - 4]), 6)  # ends before it
+    with pytest.raises(DataError, match=rf"{path}.*ids from {sound.vocab_size} on.*Delete the folder {copy}"):
+        damaged.read(np.array([0, start]), 6)
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "float", "nonsense"])
+def test_a_manifest_of_another_dtype(copy: Path, dtype: str) -> None:
+    (copy / MANIFEST).write_text((copy / MANIFEST).read_text().replace('"<u2"', f'"{dtype}"'))
+    with pytest.raises(DataError, match=rf"manifest\.json: dtype {dtype} for a vocabulary of \d+"):
+        open_prepared(copy)
+
+
+def test_a_tokenizer_that_is_not_the_corpus_s(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = copy / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    load_tokenizer(open_prepared(copy))
+    assert not caplog.records
+    model = definition["model"]
+    other = definition | {"model": model | {"merges": model["merges"][::-1]}}
+    path.write_text(json.dumps(other))
+    load_tokenizer(open_prepared(copy))
+    assert "is not the tokenizer that the corpus was prepared with" in caplog.text
+    last = max(model["vocab"], key=model["vocab"].get)
+    smaller = {token: number for token, number in model["vocab"].items() if token != last}
+    path.write_text(json.dumps(definition | {"model": model | {"vocab": smaller, "merges": model["merges"][:-1]}}))
+    with pytest.raises(DataError, match=r"tokenizer\.json: it has another vocabulary"):
+        load_tokenizer(open_prepared(copy))
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer\.json: .*Delete the folder"):
+        load_tokenizer(open_prepared(copy))
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "<u2"), (65_536, "<u2"), (65_537, "<u4")])
 def test_token_dtype(vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size) == dtype

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -157,6 +158,14 @@ def test_by_file_and_by_folder(tiny: PreparedData, tmp_path: Path) -> None:
     info = inspect_tokenizer(by_folder, separator)
     assert (info.eos_token, info.eos_id, info.vocab_size) == ("<end>", tiny.vocab_size, tiny.vocab_size + 1)
     assert tokenizer_identity(str(folder)) != tokenizer_identity(str(tiny.tokenizer_path))
+
+
+@pytest.mark.parametrize("content", ["{ half", "[1]", '{"eos_token": {}}', '{"eos_token": 7}'])
+def test_what_is_wrong_with_its_config(tiny: PreparedData, tmp_path: Path, content: str) -> None:
+    shutil.copy(tiny.tokenizer_path, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"data\.tokenizer: .*tokenizer_config\.json"):
+        fetch_tokenizer(str(tmp_path), tmp_path)
 
 
 def test_what_is_wrong_with_a_tokenizer(tiny: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,10 @@ class Shared:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
     def index(self, i: int) -> Shared:
         return Shared(self.data[int(i)])
 
@@ -417,7 +421,7 @@ def _rebind(module: Any, names: dict[str, Any]) -> dict[str, Any]:
     scope = dict(names)
     for name, item in vars(module).items():
         if hasattr(item, "fn") and item.fn.__module__ == module.__name__:
-            scope[name] = FunctionType(item.fn.__code__, scope, name)
+            scope[name] = FunctionType(item.fn.__code__, scope, name, item.fn.__defaults__)
         elif type(item).__name__ == "constexpr":
             scope.setdefault(name, item.value)
     return scope

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from kernels.fake_cuda import FakeCuda, activate, install, parameter_sizes  # no
 
 BF16 = torch.bfloat16
 OURS = re.compile(r".*[/\\](kernels[/\\]attention|triton)[/\\]")
-PYTHON_CALLS = {"forward": 20, "backward": 35}
+PYTHON_CALLS = {"forward": 24, "backward": 25}
 """Most Python functions, PyTorch's aside, that a known call may run through."""
-PER_ENCODING = 5
+PER_ENCODING = 7
 """Functions that encode a descriptor."""
 
 
@@ -60,52 +60,73 @@ def varlen() -> list[Tensor]:
     return [*given, offsets, out]
 
 
+def two_pieces() -> list[Tensor]:
+    """Each tensor stands in two places: two descriptors of it."""
+    given = tensors(1, 130, 2, 160, grad=False)
+    return [*given, *(kernels.flash_attn_func(*order, causal=True) for order in (given, given[::-1]))]
+
+
 CASES: dict[str, Callable[[], list[Tensor]]] = {
     "dense": lambda: dense(causal=True),
     "window, deterministic": lambda: dense(window_size=(50, 0), deterministic=True),
     "one tensor": one_tensor_thrice,
+    "two pieces": two_pieces,
     "packed": packed,
     "varlen": varlen,
     "portable": lambda: dense(causal=True, softcap=20.0),
 }
+CHAINED = ("dense", "window, deterministic", "one tensor", "packed")
+"""Cases whose backward starts all its kernels on addresses alone: dense, by the Hopper path."""
 
 
 def check_that_replays_hand_over_the_same_bytes(fake: FakeCuda) -> None:
     """Every parameter of every kernel, as Triton's own launch passes it, on tensors at other addresses each time."""
-    call = relaunch.Launch.__call__
+    start, first_start = relaunch._Replay.start, relaunch.Launch._start
+    launches: dict[relaunch._Replay, relaunch.Launch] = {}
     seen: set[bytes] = set()
     replayed: list[str] = []
 
-    def both_ways(self: relaunch.Launch, *given: Tensor | None) -> None:
-        replay, present = self._aligned, [t for t in given if t is not None]
-        if replay is None:
-            call(self, *given)
-            return
-        fake.expect(parameter_sizes(replay.owner))  # of this kernel alone: another may have fewer
-        self._aligned = None
-        self._start(present)
-        self._aligned = replay
+    def note(self: relaunch.Launch, given: Sequence[Any]) -> None:
+        first_start(self, given)
+        if self._aligned is not None:
+            launches[self._aligned] = self
+
+    def both_ways(self: relaunch._Replay, stream: int, addresses: Sequence[int]) -> None:
+        fake.expect(parameter_sizes(self.owner))  # of this kernel alone: another may have fewer
+        first_start(launches[self], [relaunch._Start(address) for address in addresses])
         own = fake.last()
         before = fake.launches
-        assert replay.start(present)
+        start(self, stream, addresses)
         assert fake.launches == before + 1
-        assert fake.last() == own, f"{replay.owner.name} was handed something else"
+        assert fake.last() == own, f"{self.owner.name} was handed something else"
         fake.expect(())
         seen.add(own[1])
-        replayed.append(replay.owner.name)
+        replayed.append(self.owner.name)
 
-    relaunch.Launch.__call__ = both_ways  # type: ignore[method-assign]
+    chain, chained = relaunch.Chain.start, []
+
+    def note_chain(self: relaunch.Chain, device: int, *addresses: Sequence[int]) -> bool:
+        chained.append(chain(self, device, *addresses))
+        return bool(chained[-1])
+
+    relaunch.Chain.start = note_chain  # type: ignore[method-assign]
+    relaunch._Replay.start = both_ways  # type: ignore[method-assign]
+    relaunch.Launch._start = note  # type: ignore[method-assign]
     try:
         kept: list[Tensor] = []
         for name, case in CASES.items():
             replayed.clear()
             seen.clear()
+            chained.clear()
             for _ in range(4):
                 kept += case()  # and the next one lies elsewhere
             assert len(replayed) >= 4, f"{name}: {replayed}"
+            assert any(chained) == (name in CHAINED), f"{name}: {chained}"
             assert len(seen) > len(set(replayed)), f"{name}: the addresses never changed"
     finally:
-        relaunch.Launch.__call__ = call  # type: ignore[method-assign]
+        relaunch.Chain.start = chain  # type: ignore[method-assign]
+        relaunch._Replay.start = start  # type: ignore[method-assign]
+        relaunch.Launch._start = first_start  # type: ignore[method-assign]
 
 
 def known_forward() -> tuple[relaunch.Launch, list[Tensor]]:
@@ -144,12 +165,15 @@ def check_that_other_alignments_go_another_way(fake: FakeCuda) -> None:
     launch, given = known_forward()
     lse = given[4]
     odd = torch.zeros(lse.numel() + 1)[1:].view(lse.shape)
-    assert launch._aligned is not None
+    started: list[Any] = []
+    start, relaunch._Replay.start = relaunch._Replay.start, lambda *args: started.append(args)  # type: ignore
     before = fake.launches
-    assert not launch._aligned.start([*given[:4], odd, given[5]])
-    assert fake.launches == before
+    launch(*given)
+    assert len(started) == 1
     launch(*given[:4], odd, given[5])
+    assert len(started) == 1
     assert fake.launches == before + 1
+    relaunch._Replay.start = start  # type: ignore[method-assign]
 
 
 def check_that_hooks_are_heard(fake: FakeCuda) -> None:

@@ -28,3 +28,13 @@ def test_budget_of_the_hopper_path_allows_no_serialisation_and_few_spills() -> N
         assert entry.serialized == 0, key
         assert entry.spill_bytes <= (204 if "d256" in key else 0), key  # 256 columns of O leave no registers
         assert entry.shared_bytes <= 232_448, key
+
+
+def test_budget_of_the_portable_path_allows_no_serialisation() -> None:
+    budget = {key: entry for key, entry in load_budget().items() if key.startswith("portable.")}
+    assert len(budget) >= 250
+    assert [key for key, entry in budget.items() if entry.serialized] == []
+    dropout = {key: entry for key, entry in budget.items() if ",dropout," in key and key.endswith("sm_90")}
+    products = {key: entry for key, entry in dropout.items() if "portable.delta" not in key and "probs" not in key}
+    assert len(products) == 6
+    assert [key for key, entry in products.items() if entry.spill_bytes or not entry.hgmma] == []

@@ -122,6 +122,25 @@ def test_sections_on_hopper() -> None:
     assert sections(2**16, 6, 4, 132, multiple=6) == 6
 
 
+def test_sections_in_a_window() -> None:
+    """What is in flight and, per head, a window of rows fit in L2 together; heads that share keys stay together."""
+    sections = functools.partial(tuning.window_section_heads, 2**25, 1024)
+    assert sections(1151, 16, 132 * 128) == 13  # 32,768 rows of 1 KB, 16,896 of them in flight
+    assert sections(1151, 8, 132 * 128) == 8
+    assert sections(2**14, 16, 132 * 128) == 0
+    assert sections(128, 512, 2**16) == 0
+    assert sections(1151, 64, 132 * 128, multiple=8) == 64
+    assert sections(1151, 512, 132 * 128, multiple=8) == 208
+
+
+def test_keys_in_sight() -> None:
+    assert tuning.keys_in_sight(8192, 1023, 0) == 1024
+    assert tuning.keys_in_sight(8192, 0, 0) == 1
+    assert tuning.keys_in_sight(512, 1023, 5) == 512
+    assert tuning.keys_in_sight(8192, 1023, -1) == 8192
+    assert tuning.keys_in_sight(8192, -1, 0) == 8192
+
+
 @pytest.mark.parametrize(
     ("width", "keys", "left", "right", "block_m"),
     [

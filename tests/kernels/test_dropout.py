@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import kernels
+from kernels.attention import portable
+from kernels.attention.dispatch import AttnExtras, AttnParams
 from kernels.attention.portable import launch
 from kernels.attention.portable.tuning import Tile
 from tests.kernels.cases import leaves, random
@@ -59,6 +61,29 @@ def test_mask_does_not_depend_on_block_sizes(
         results.append((out, *torch.autograd.grad(out, x, dout)))
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="calls the portable path on CPU tensors")
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k", "left"), [(70, 33, -1), (33, 70, 5)])
+def test_rows_and_keys_without_a_partner_get_zero(seqlen_q: int, seqlen_k: int, left: int) -> None:
+    """Whole blocks of queries that see no key, and of keys that no query sees, leave their kernels early."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, seqlen_q, 2, 16).half(), torch.randn(1, seqlen_k, 1, 16).half()
+    params = AttnParams(0.25, seqlen_q, seqlen_k, window_left=left, window_right=0, dropout_p=0.3)
+    extras = AttnExtras(rng_state=torch.tensor([7, 3]))
+    out, lse = portable.forward(q, k, k, params, extras, {})
+    dq, dk, dv = (torch.full_like(t, float("nan")) for t in (q, k, k))
+    portable.backward(torch.randn_like(q), q, k, k, out, lse, None, dq, dk, dv, params, extras, {})
+    last = torch.arange(seqlen_q) + seqlen_k - seqlen_q  # the last key of each query
+    blind = last < 0
+    unseen = torch.arange(seqlen_k) < (last[0] - left if left >= 0 else 0)
+    assert blind.sum() >= 32 or unseen.sum() >= 32
+    assert bool((dq[:, blind] == 0).all())
+    assert bool((dk[:, unseen] == 0).all())
+    assert bool((dv[:, unseen] == 0).all())
+    for gradient, empty in ((dq, blind), (dk, unseen), (dv, unseen)):
+        assert bool((gradient[:, ~empty] != 0).any((-1, -2)).sum() > 0.9 * (~empty).sum())
+        assert bool(gradient.isfinite().all())
 
 
 def test_expectation_is_attention() -> None:

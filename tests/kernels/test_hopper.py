@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention import hopper
 from kernels.attention.dispatch import AttnExtras, AttnParams, Problem
-from kernels.attention.hopper import launch, tuning
+from kernels.attention.hopper import gluon_forward, launch, tuning
 from tests.kernels import hopper_emulator
 
 NEEDS_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="the small kernels are interpreted on a CPU")
@@ -134,9 +134,16 @@ CASES += [
     Case(((100, 100), (0, 30), (300, 300), (30, 0), (1, 1), (129, 64)), varlen=True, right=0, head_dim=256),
     Case(((257, 100), (3, 500)), varlen=True, heads=4, heads_k=2, left=100, right=0, head_dim=192),
 ]
+# Head dims that the forward splits into pieces of 128 and 64 columns; the tensor's bound cuts the second one, or not.
+CASES += [
+    Case(((200, 330),), batch=2, heads=4, heads_k=2, head_dim=136),
+    Case(((70, 300),), right=0, head_dim=192, heads=3, heads_k=3, dtype=torch.float16),  # more key blocks than stages
+    Case(((150, 200),), left=60, right=40, head_dim=160),
+    Case(((100, 100), (0, 30), (300, 300), (30, 0), (1, 1), (129, 64)), varlen=True, right=0, head_dim=192),
+]
 # Limits that fall on, just before and just after the edges of 64 queries and 128 keys.
 WINDOWS = [(0, 0), (1, 0), (62, -1), (-1, 62), (63, 63), (64, 64), (126, 126), (127, 127), (128, 128), (129, -1)]
-CASES += [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
+EDGES = [Case(((256, 256),), heads=1, left=a, right=b, dtype=torch.float16) for a, b in WINDOWS]  # one entry shows
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -146,32 +153,49 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pairs": {"pairs": True, "named": True},
     "pairs, K and V in registers": {"pairs": True, "kv_registers": True, "named": False},
 }
-"""Backward tiles that are not shipped."""
+"""Backward tiles that are not shipped, or not with every Triton."""
+EDGE_VARIANTS = ("plain",)
+"""Those whose ranges of queries and keys are not the shipped tile's: 64 queries where it has pairs of them."""
+
+
+def variant_tile(variant: str, width: int) -> tuning.BackwardTile | tuning.WideBackwardTile:
+    """The backward's tile at this padded head dim; the shipped one where the variant says nothing of it."""
+    tile = tuning.BACKWARD[width]
+    if width == 64 or (width == 128 and variant in ("named", "adding")):
+        plain = tile if variant == "adding" else tuning.BackwardTile(2, 2)
+        return replace(plain, **VARIANTS[variant])
+    return tile
+
+
+def variants_of(cases: list[Case], *variants: str) -> list[Any]:
+    """Parameters (variant, case) of the cases whose tile a variant changes: with the shipped tile, a case is a test of
+    its own."""
+    pairs = [(variant, case) for variant in variants for case in cases]
+    widths = [tuning.padded_head_dim(case.head_dim) for _, case in pairs]
+    changed = [p for p, width in zip(pairs, widths, strict=True) if variant_tile(p[0], width) != tuning.BACKWARD[width]]
+    return [pytest.param(variant, case, id=f"{case}-{variant}") for variant, case in changed]
 
 
 def use_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for width, tile in tuning.BACKWARD.items():
-        if width == 64 or (width == 128 and variant in ("named", "adding")):
-            plain = tile if variant == "adding" else tuning.BackwardTile(2, 2)
-            monkeypatch.setitem(tuning.BACKWARD, width, replace(plain, **VARIANTS[variant]))
+    for width in (64, 128):
+        monkeypatch.setitem(tuning.BACKWARD, width, variant_tile(variant, width))
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("variant", "case"), [*variants_of(CASES, *VARIANTS), *variants_of(EDGES, *EDGE_VARIANTS)])
 def test_backward_variants_match_the_formula(
     case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_variant(variant, monkeypatch)
-    # Scratch that nobody wrote must not matter: a pair's second half may lie past the last query.
-    scratch = launch._scratch
-    monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
-    test_emulated_kernels_match_the_formula(case, emulated)
+    test_emulated_kernels_match_the_formula(case, emulated, monkeypatch)
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
+@pytest.mark.parametrize("case", [*CASES, *EDGES], ids=str)
+def test_emulated_kernels_match_the_formula(case: Case, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Scratch that nobody wrote must not matter: a pair's second half may lie past the last query.
+    scratch = launch._scratch
+    monkeypatch.setattr(launch, "_scratch", lambda *args: tuple(t.fill_(float("nan")) for t in scratch(*args)))
     q, k, v, dout, params, extras = inputs(case)
     out, lse = hopper.forward(q, k, v, params, extras, {})
     dlse = torch.randn(lse.shape)
@@ -200,6 +224,7 @@ def test_emulated_kernels_match_the_formula(case: Case, emulated: None) -> None:
 FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
     **tuning.FORWARD_CANDIDATES[64],
     **{f"{name}, 128": tile for name, tile in tuning.FORWARD_CANDIDATES[128].items()},
+    "a tile ahead, one Q buffer": tuning.FORWARD_CANDIDATES[256]["ahead"],
     "narrow": replace(tuning.FORWARD[64], named_kv=False, overlap=True, pingpong=True),
     "one stage, O in Q's buffer": replace(tuning.FORWARD[128], named_kv=False, own_o=False, stages=1),
     "three stages, no turns, a tile at a time": replace(tuning.FORWARD[128], stages=3, ahead=False, pingpong=False),
@@ -207,6 +232,10 @@ FORWARD_VARIANTS: dict[str, tuning.ForwardTile] = {
     "tall, a tile at a time": replace(tuning.FORWARD_LONG[64], ahead=False),
 }
 """Forward tiles for every case, whichever of them is chosen for it."""
+RANGES = {(t.block_m, t.block_n, t.trim, t.ahead, t.overlap): v for v, t in reversed(FORWARD_VARIANTS.items())}
+"""One variant of each shape of tile and each way to go through its key blocks: window edges meet nothing else of it."""
+FORWARD_CASES = [(v, case) for v in FORWARD_VARIANTS for case in CASES if case.head_dim <= 128]
+FORWARD_CASES += [(v, case) for v in RANGES.values() for case in EDGES]
 
 
 def check_forward(case: Case) -> None:
@@ -224,13 +253,56 @@ def check_forward(case: Case) -> None:
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("variant", FORWARD_VARIANTS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.head_dim <= 128], ids=str)
+@pytest.mark.parametrize(("variant", "case"), FORWARD_CASES, ids=str)
 def test_forward_variants_match_the_formula(
     case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "forward_tile", lambda *_: FORWARD_VARIANTS[variant])
     check_forward(case)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("name", tuning.FORWARD_CANDIDATES[192])
+@pytest.mark.parametrize("case", [case for case in CASES if 128 < case.head_dim <= 192], ids=str)
+def test_head_dim_in_two_pieces(case: Case, name: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "forward_tile", lambda *_: tuning.FORWARD_CANDIDATES[192][name])
+    check_forward(case)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("right", [-1, 0])
+def test_rings_of_two_pieces(right: int, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tile in tuning.FORWARD_CANDIDATES[192].values():
+        monkeypatch.setattr(tuning, "forward_tile", lambda *_, tile=tile: tile)
+        for blocks in (1, 2, 3, 4):
+            check_forward(Case(((256, tile.block_n * blocks),), heads=5, head_dim=192, right=right))
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("wrong", ["columns", "waits"])
+def test_a_piece_left_out_is_seen(wrong: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pieces read from the first column, and a wait that leaves a piece of S under way."""
+    if wrong == "columns":
+        monkeypatch.setattr(gluon_forward, "PIECE", type(gluon_forward.PIECE)(0))
+    else:
+        wait = hopper_emulator.Products.wait
+        monkeypatch.setattr(hopper_emulator.Products, "wait", lambda self, n, deps: wait(self, n + (n == 2), deps))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_forward(Case(((100, 200),), head_dim=192))
+
+
+def test_padded_head_dims_and_their_pieces() -> None:
+    """The forward has a width for 192, the backward has not; pieces are powers of two, the first of them PIECE wide."""
+    for head_dim, forward, backward in (
+        (8, 64, 64), (64, 64, 64), (72, 128, 128), (128, 128, 128), (136, 192, 256), (192, 192, 256), (200, 256, 256),
+    ):  # fmt: skip
+        assert tuning.padded_head_dim(head_dim, tuning.FORWARD) == forward
+        assert tuning.padded_head_dim(head_dim, tuning.BACKWARD) == backward
+    assert tuning.FORWARD_PIECES.keys() == tuning.FORWARD.keys()
+    for width, pieces in tuning.FORWARD_PIECES.items():
+        assert sum(pieces) == width
+        assert all(columns & (columns - 1) == 0 for columns in pieces)
+        assert len(pieces) == 1 or pieces[0] == gluon_forward.PIECE.value
 
 
 @NEEDS_INTERPRETER
@@ -249,6 +321,8 @@ def test_rings_of_forward_variants(variant: str, emulated: None, monkeypatch: py
 def test_registers_and_barriers_of_forward_tiles() -> None:
     assert tuning.FORWARD[128].options() == {}, "one CTA: Triton's own choice"
     assert tuning.FORWARD[64].options() == {"maxnreg": 80}
+    with pytest.raises(ValueError, match="variant of ahead"):
+        replace(tuning.FORWARD[256], one_q=True)
     with pytest.raises(ValueError, match="rings of 3"):
         replace(tuning.FORWARD[128], stages=4)
     with pytest.raises(ValueError, match="rings of 2"):
@@ -267,6 +341,7 @@ def test_which_forward_tile() -> None:
         (128, 16384, False, True, tuning.FORWARD[128]),
         (128, 512, False, False, tuning.FORWARD_LONG[128]),
         (128, 512, True, False, tuning.FORWARD[128]),
+        (192, 8192, False, False, tuning.FORWARD[192]),
         (256, 512, False, False, tuning.FORWARD[256]),
     ):
         assert tuning.forward_tile(width, keys, left, right) is want
@@ -414,8 +489,7 @@ def test_deterministic_sums_in_ascending_order(case: Case, emulated: None, monke
 
 
 @NEEDS_INTERPRETER
-@pytest.mark.parametrize("variant", ["named", "pairs"])
-@pytest.mark.parametrize("case", FIXED_ORDER, ids=str)
+@pytest.mark.parametrize(("variant", "case"), variants_of(FIXED_ORDER, "named", "pairs"))
 def test_fixed_order_of_backward_variants(
     case: Case, variant: str, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,6 +679,24 @@ def test_overlapping_kernels_are_dense_and_launched_so(monkeypatch: pytest.Monke
         assert [p._fixed["PDL"] for p in (plan.preprocess, plan.main, plan.postprocess)] == [overlaps] * 3
         assert [bool(p._options.get("launch_pdl")) for p in (plan.main, plan.postprocess)] == [overlaps] * 2
         assert "launch_pdl" not in plan.preprocess._options, "what ran before the backward has ended when it starts"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "stores", "section"),
+    [(1023, 0, True, 13), (500, 523, True, 13), (4096, 0, False, 3), (1023, -1, False, 2), (-1, 0, False, 2)],
+)
+def test_windows_are_planned_as_short_rows(
+    left: int, right: int, stores: bool, section: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a query sees few keys of many, first key blocks store dQ, and many heads are walked side by side."""
+    monkeypatch.setattr(launch, "_num_sms", lambda _: 132)
+    q = torch.empty(1, 16384, 16, 128, dtype=torch.bfloat16, device="meta")
+    params = AttnParams(0.1, 16384, 16384, False, left, right)
+    lse = torch.empty(1, 16, 16384, device="meta")
+    plan = launch._plan_backward(q, q, q, q, q, lse, None, q, q, q, params, AttnExtras())
+    assert plan.main._fixed["FIRST_STORES"] == stores
+    assert (plan.turn_shape is not None) == stores
+    assert plan.main._fixed["section"] == section
 
 
 def test_unaddressable_tensors() -> None:

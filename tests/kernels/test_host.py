@@ -1,9 +1,11 @@
 """The short ways of an eager call: past Triton's launcher (in a process of its own), and past PyTorch's dispatcher."""
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels.attention import op
+from kernels.attention.plain import Alike, is_heard
 from tests.kernels.cases import DEVICE, leaves, random
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +196,134 @@ def test_modes_in_the_backward_hear_of_it(taken: list[str]) -> None:
     assert any("attention_backward" in name for name in heard)
 
 
+@pytest.fixture
+def worked_out(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
+    """Which gradients were wanted in backwards, from here on, that were not remembered."""
+    wanted: list[tuple[bool, ...]] = []
+    inner = op._gradients
+
+    def note(name: str, saved: Any, scalars: Any, which: tuple[bool, ...], *args: Any) -> Any:
+        wanted.append(which)
+        return inner(name, saved, scalars, which, *args)
+
+    monkeypatch.setattr(op, "_gradients", note)
+    return wanted
+
+
+def test_a_backward_is_worked_out_once(worked_out: list[tuple[bool, ...]]) -> None:
+    """And anew without a gradient of LSE, or for another layout of dO."""
+    given = inputs()
+    expected = gradients(kernels.flash_attn_func, given)[2:]
+    gradients(kernels.flash_attn_func, given)
+    out, lse, _ = kernels.flash_attn_func(*given, causal=True, return_attn_probs=True)
+    worked_out.clear()
+    loss = out.square().sum() + lse.sum()
+    for got, true in zip(torch.autograd.grad(loss, given, retain_graph=True), expected, strict=True):
+        assert torch.equal(got, true)
+    assert not worked_out
+    dout = random(*out.shape, dtype=F32)
+    turned = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    first = [torch.autograd.grad(out, given[1:], d, retain_graph=True) for d in (dout, dout, turned, turned)]
+    assert len(worked_out) == 2
+    for dk, dv in first[1:]:
+        assert torch.equal(dk, first[0][0])
+        assert torch.equal(dv, first[0][1])
+    op.forget()
+    torch.autograd.grad(out, given[1:], turned)
+    assert len(worked_out) == 3, "what a graph holds is forgotten too"
+
+
+def test_a_remembered_backward_computes_what_is_wanted(worked_out: list[tuple[bool, ...]]) -> None:
+    q, k, v = inputs()
+    expected = gradients(kernels.flash_attn_func, [q, k, v])[2:]
+    worked_out.clear()
+    for given, which in (([q, k.detach(), v.detach()], [0]), ([q.detach(), k, v], [1, 2])):
+        for _ in range(3):
+            out, lse, _ = kernels.flash_attn_func(*given, causal=True, return_attn_probs=True)
+            loss = out.square().sum() + lse.sum()
+            grads = torch.autograd.grad(loss, [given[at] for at in which])
+            for grad, at in zip(grads, which, strict=True):
+                assert torch.equal(grad, expected[at])
+    assert worked_out == [(True, False, False), (True, False, False), (False, True, True), (False, True, True)]
+
+
+def test_a_backward_under_another_path_is_not_remembered(
+    worked_out: list[tuple[bool, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs()
+    kernels.flash_attn_func(*given)
+    out = kernels.flash_attn_func(*given).sum()
+    monkeypatch.setenv("FLASH_ATTN_PATH", "portable")
+    torch.autograd.grad(out, given, retain_graph=True)
+    monkeypatch.delenv("FLASH_ATTN_PATH")
+    for _ in range(2):
+        torch.autograd.grad(out, given, retain_graph=True)
+    assert len(worked_out) == 2
+
+
+def test_hooks_may_return_saved_tensors_in_another_layout(worked_out: list[tuple[bool, ...]]) -> None:
+    """As offloading does: what comes back is contiguous, whatever was saved."""
+    (qkv,) = leaves(random(1, 8, 3, 2, 16, dtype=F32))
+    given = list(qkv.unbind(2))
+    assert not given[0].is_contiguous()
+    expected = gradients(kernels.flash_attn_func, given)
+    gradients(kernels.flash_attn_func, given)
+    worked_out.clear()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.numpy(force=True), lambda a: torch.tensor(a, device=DEVICE)
+    ):
+        for _ in range(2):
+            for got, true in zip(gradients(kernels.flash_attn_func, given), expected, strict=True):
+                assert torch.equal(got, true)
+    assert len(worked_out) == 1
+    gradients(kernels.flash_attn_func, given)
+    assert len(worked_out) == 2
+
+
+def test_alike_is_all_but_the_address() -> None:
+    base = torch.zeros(2, 8, 2, 8, device=DEVICE)
+    cu = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    alike, twice = Alike((base, cu)), Alike((base, cu, cu))
+    assert alike((base.clone(), cu.clone()))
+    assert twice((base.clone(), other := cu.clone(), other))
+    assert not twice((base, cu, cu.clone()))
+    assert not Alike((base, cu, cu.clone()))((base, cu, cu))
+    with FakeTensorMode():
+        fake = torch.zeros(2, 8, 2, 8)
+    differ = {
+        "shape": torch.zeros(2, 9, 2, 8, device=DEVICE),
+        "strides": base.transpose(0, 2).contiguous().transpose(0, 2),
+        "dtype": base.int(),
+        "requires_grad": base.clone().requires_grad_(),
+        "type": torch.nn.Parameter(base, requires_grad=False),
+        "subclass": base.as_subclass(_Like),
+        "alignment": torch.zeros(base.numel() + 1, device=DEVICE)[1:].view_as(base),
+        "device": base.to("meta"),
+        "fake": fake,
+        "negated": torch._neg_view(base),
+    }
+    for name, tensor in differ.items():
+        assert not alike((tensor, cu)), name
+    assert not alike((base,))
+    assert Alike((differ["alignment"], cu))((differ["alignment"], cu))
+    for name, context in CONTEXTS.items():
+        with context():
+            assert is_heard() or not alike((base, cu)), name
+    seen: list[bool] = []
+    torch.func.vmap(lambda x: (seen.append(is_heard()), x)[1])(base)
+    torch.func.grad(lambda x: (seen.append(is_heard()), x.sum())[1])(base)
+    assert seen == [True, True]
+
+
+def test_alike_keeps_no_tensor() -> None:
+    tensor = torch.zeros(4)
+    alike, dead = Alike((tensor,)), weakref.ref(tensor)
+    del tensor
+    gc.collect()
+    assert dead() is None
+    assert alike((torch.zeros(4),))
+
+
 def test_tensors_that_only_look_like_one_are_left_to_pytorch() -> None:
     (q,) = leaves(random(1, 8, 2, 16, dtype=F32))
     negated = torch.view_as_complex(q.detach().unflatten(-1, (8, 2))).conj().imag
@@ -207,6 +339,15 @@ def test_tensors_that_only_look_like_one_are_left_to_pytorch() -> None:
     torch.func.vmap(lambda x: (seen.append(op.is_plain((x,))), x)[1])(q.detach())
     torch.func.grad(lambda x: (seen.append(op.is_plain((x,))), x.sum())[1])(q.detach())
     assert seen == [False, False]
+
+
+def test_sizes_may_be_symbols(taken: list[str]) -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    given = [mode.from_tensor(t.detach(), static_shapes=False) for t in inputs(9)]
+    assert any(isinstance(size, torch.SymInt) for size in given[0].shape)
+    for _ in range(2):
+        assert kernels.flash_attn_func(*given).shape == given[0].shape
+    assert not taken
 
 
 def test_a_checkpointed_call_becomes_known_between_forward_and_recomputation(taken: list[str]) -> None:

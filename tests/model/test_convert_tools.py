@@ -67,6 +67,9 @@ def test_what_cannot_be_is_said(published: Path, tmp_path: Path) -> None:
     arguments = [str(tmp_path / "imported"), str(tmp_path / "exported"), "--tokenizer", str(other)]
     with pytest.raises(UserError, match="not the tokenizer this run was trained with"):
         export_tool.main(export_tool.parse(arguments))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file can't be written: File exists"):
+        export_tool.main(export_tool.parse([str(tmp_path / "imported"), str(tmp_path / "file")]))
     with pytest.raises(UserError, match="no checkpoint"):
         export_tool.main(export_tool.parse([str(tmp_path / "nowhere"), str(tmp_path / "exported")]))
     (published / "tokenizer.json").unlink()

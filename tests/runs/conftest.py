@@ -1,17 +1,22 @@
 """Whole runs of train.py in processes of their own, on a tiny model and corpus that a session prepares once."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from tests.runs.faults import Driver
 
 ROOT = Path(__file__).parents[2]
 TINY = (
@@ -40,12 +45,16 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRE
     "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
 }
 
+OUTPUTS = ("output", "errors")
+"""Names of the files of a forked run's two streams, before the rank."""
+
 
 class Runs:
-    """Starts train.py with the tiny settings."""
+    """Starts train.py with the tiny settings, in fresh processes or in forked ones that have imported its libraries."""
 
-    def __init__(self, cache: Path) -> None:
-        self.overrides = [*TINY, f"data.cache_dir={cache}"]
+    def __init__(self, folder: Path, driver: Driver) -> None:
+        self.overrides = [*TINY, f"data.cache_dir={folder / 'corpus'}"]
+        self.folder, self.driver = folder, driver
 
     def command(self, *overrides: str, processes: int = 1) -> list[str]:
         """The command line; `processes` > 1 goes through torchrun."""
@@ -75,6 +84,31 @@ class Runs:
         assert code is None or result.returncode == code, result.stdout + result.stderr
         return result
 
+    def forked(
+        self,
+        *overrides: str,
+        processes: int = 1,
+        code: int | None = 0,
+        cwd: Path | None = None,
+        kill_after_rows: int = 0,
+    ) -> subprocess.CompletedProcess[str]:
+        """As `run`, on this process's command line in all but torchrun and the imports, in a tenth of the time.
+
+        With `kill_after_rows` all ranks are killed once the run has so many rows and a checkpoint; the driver may be
+        late, so the run stands still at twice as many.
+        """
+        from tests.runs.faults import Job
+
+        job = Job(str(self.folder), [*self.overrides, *overrides], processes, str(cwd or ROOT), errors_apart=True)
+        if kill_after_rows:
+            job.fault, job.at_step, job.kill_after_rows = "wait", 2 * kill_after_rows, kill_after_rows
+            job.run_dir = next(o.removeprefix("run_dir=") for o in overrides if o.startswith("run_dir="))
+        codes = self.driver.run(job).codes
+        out, err = ("".join((self.folder / f"{n}_{r}").read_text() for r in range(processes)) for n in OUTPUTS)
+        expected = -signal.SIGKILL if kill_after_rows else code
+        assert expected is None or codes == [expected] * processes, f"{codes}\n{out}{err}"
+        return subprocess.CompletedProcess(job.arguments, codes[0], out, err)
+
     def interrupt(self, when: Callable[[], bool], number: signal.Signals, *overrides: str, processes: int = 1) -> str:
         """Start a run, send it a signal once `when()` is true, wait for its end; what it printed."""
         process = subprocess.Popen(
@@ -99,8 +133,18 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("corpus"))
+def driver() -> Iterator[Driver]:
+    """Of whole runs in forked processes."""
+    from tests.runs.faults import Driver
+
+    one = Driver()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, driver: Driver) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), driver)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Whole runs of train.py in forked processes, in which things go wrong.
 
 `python -m tests.runs.faults` reads a job (JSON) a line and answers how its ranks ended. It has imported what a run
-imports before it forks the ranks, so that a run takes a second and not ten. The ranks have no launcher over them, as
-under a plain `srun`: what ends the others when one is gone is our own doing.
+imports before it forks the ranks, so that a run takes a second and not ten; a rank then executes train.py with its
+command line. The ranks have no launcher over them, as under a plain `srun`: what ends the others when one is gone
+is our own doing.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ import errno
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from configs.schema import DataConfig
+from data import PreparedData, Progress
+from data.preparation import ProgressCallback
 from tests.ranks import free_port
 from tests.runs.conftest import ENVIRONMENT, ROOT
 from tests.training.driver import warm_up
@@ -44,15 +49,23 @@ class Job:
     """One start of train.py."""
 
     folder: str
-    """Of the run, and of what it prints (`output_RANK`)."""
-    overrides: list[str]
+    """Of what the ranks print: `output_RANK`, and `errors_RANK` where `errors_apart`."""
+    arguments: list[str]
+    """Of train.py."""
     ranks: int = 1
+    cwd: str = str(ROOT)
+    errors_apart: bool = False
+    """Standard error in a file of its own."""
     fault: str = ""
     """See `FAULTS`."""
     at_step: int = 0
     fault_rank: int = 0
     kill_after_s: float | None = None
     """Kill rank `fault_rank` with SIGKILL so long after its start."""
+    kill_after_rows: int = 0
+    """Kill all ranks once the run in `run_dir` has logged so many rows and has a checkpoint. With the fault "wait" it
+    cannot be over before."""
+    run_dir: str = ""
 
 
 @dataclass
@@ -103,8 +116,8 @@ def output(folder: Path, rank: int = 0) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     warm_up()
-    importlib.import_module("hydra")
-    importlib.import_module("matplotlib.pyplot")
+    for name in ("hydra.main", "hydra.core.override_parser.overrides_parser", "matplotlib.pyplot"):
+        importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(asdict(run_job(Job(**json.loads(line))))), flush=True)
 
@@ -125,11 +138,22 @@ def run_job(job: Job) -> Outcome:
                     codes[child] = os.waitstatus_to_exitcode(status)
                 elif time.monotonic() - started > DEADLINE_S:
                     os.kill(child, signal.SIGKILL)
+        if job.kill_after_rows and not codes and has_saved(Path(job.run_dir), job.kill_after_rows):
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            job.kill_after_rows = 0
         if time.monotonic() > kill_at and children[job.fault_rank] not in codes:
             os.kill(children[job.fault_rank], signal.SIGKILL)
             kill_at = started + DEADLINE_S
         time.sleep(0.005)
     return Outcome([codes[child] for child in children], time.monotonic() - started)
+
+
+def has_saved(run_dir: Path, num_rows: int) -> bool:
+    """Whether a run has logged so many rows and has a checkpoint."""
+    metrics = run_dir / "metrics.jsonl"
+    logged = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return logged >= num_rows and (run_dir / "checkpoints" / "latest").exists()
 
 
 def fork(job: Job, rank: int, port: int) -> int:
@@ -139,9 +163,10 @@ def fork(job: Job, rank: int, port: int) -> int:
         return child
     code = 1
     try:
-        log = os.open(Path(job.folder) / f"output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        for descriptor, name in ((1, "output"), (2, "errors" if job.errors_apart else "")):
+            if name:
+                log = os.open(Path(job.folder) / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, descriptor)
         code = run_rank(job, rank, port)
     except BaseException:  # noqa: BLE001 - a forked child must not return into its parent's code
         traceback.print_exc()
@@ -155,22 +180,19 @@ def fork(job: Job, rank: int, port: int) -> int:
 
 def run_rank(job: Job, rank: int, port: int) -> int:
     """What `python train.py` does; its exit code."""
-    from configs import compose, say
-    from configs.errors import UserError
-    from train import main as run
-
     if job.ranks > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job.ranks), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     watchdog.HANG_GRACE_S = watchdog.GRACE_S = 3.0  # type: ignore[misc]
     if job.fault:
         FAULTS[job.fault](job, rank)
+    os.chdir(job.cwd)
+    sys.argv = [str(ROOT / "train.py"), *job.arguments]
     try:
-        return run(compose([*job.overrides, f"run_dir={job.folder}"]))
-    except UserError as error:
-        return say(error)
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
         return int(error.code or 0)
+    raise AssertionError("train.py ends with an exit code")
 
 
 def after_step(action: Callable[[], None]) -> Callable[[Job, int], None]:
@@ -221,6 +243,11 @@ def die_while_others_wait(job: Job, rank: int) -> None:
     for other in range(job.ranks):
         if other != job.fault_rank:
             after_step(hang)(Job(job.folder, [], at_step=job.at_step, fault_rank=other), rank)
+
+
+def wait(job: Job, rank: int) -> None:
+    """Every rank stands still after a step."""
+    after_step(hang)(replace(job, fault_rank=rank), rank)
 
 
 def in_forward(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Job, int], None]:
@@ -292,6 +319,25 @@ def signal_in_save(job: Job, rank: int) -> None:
     checkpoint.write_share = write_share
 
 
+def signal_in_preparation(number: signal.Signals) -> Callable[[Job, int], None]:
+    """While the corpus is tokenised."""
+
+    def arm(job: Job, rank: int) -> None:
+        plain = trainer.prepare
+
+        def prepare(config: DataConfig, report: ProgressCallback) -> PreparedData:
+            def update(progress: Progress) -> None:
+                if progress.stage == "tokenize":
+                    os.kill(os.getpid(), number)
+                report(progress)
+
+            return plain(config, update)
+
+        trainer.prepare = prepare  # type: ignore[assignment]
+
+    return arm
+
+
 def slow_save(job: Job, rank: int) -> None:
     """Each rank takes another time to write, so that saves and steps overlap in all ways."""
     plain = checkpoint.write_share
@@ -333,6 +379,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "fail": after_step(fail),
     "requeue": after_step(ask_for_a_requeue),
     "wandb": after_step(kill_children),
+    "wait": wait,
     "die while others wait": die_while_others_wait,
     "nan": in_forward(nan_gradient),
     "spike": in_forward(lambda sums: sums * 1e4),
@@ -340,6 +387,8 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "slow wandb": slow_wandb,
     "signal in evaluation": signal_in_evaluation,
     "signal in save": signal_in_save,
+    "SIGTERM in preparation": signal_in_preparation(signal.SIGTERM),
+    "SIGUSR1 in preparation": signal_in_preparation(signal.SIGUSR1),
     "slow save": slow_save,
     "full disk": full_disk,
     "defect in save": defect_in_save,

@@ -40,7 +40,7 @@ class Faults:
 
     def start(self, folder: Path, *overrides: str, codes: list[int] | None = None, **keys: object) -> Outcome:
         """One start; checks the ranks' exit codes unless there are none to check."""
-        job = Job(str(folder), [*self.settings, *overrides], **keys)  # type: ignore[arg-type]
+        job = Job(str(folder), [*self.settings, *overrides, f"run_dir={folder}"], **keys)  # type: ignore[arg-type]
         outcome = self.driver.run(job)
         if codes is not None:
             said = "\n".join(output(folder, rank) for rank in range(job.ranks))
@@ -64,10 +64,8 @@ class Faults:
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    driver = Driver()
-    yield Faults(driver, tmp_path_factory.mktemp("faults"))
-    driver.close()
+def faults(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Faults:
+    return Faults(driver, tmp_path_factory.mktemp("faults"))
 
 
 def newest(folder: Path) -> int:
@@ -284,6 +282,19 @@ def test_a_requeue_is_asked_for_only_where_there_is_something_to_go_on_from(faul
     )
     assert newest(tmp_path) == 5
     faults.finish(tmp_path, ranks=2)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGUSR1", REQUEUE_EXIT_CODE)])
+def test_signal_while_the_corpus_is_prepared(faults: Faults, tmp_path: Path, name: str, code: int) -> None:
+    """The run ends at once, since a preparation takes hours; the next start goes on with it."""
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    calm, _ = faults.undisturbed()
+    faults.start(tmp_path / "run", cache, fault=f"{name} in preparation", codes=[code])
+    assert f"Stopped by {name} while preparing the corpus" in output(tmp_path / "run")
+    assert list((tmp_path / "cache").glob("*.partial"))
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+    faults.start(tmp_path / "run", cache, codes=[0])
+    assert_equal_runs(calm, tmp_path / "run")
 
 
 def test_wandb_killed(faults: Faults, tmp_path: Path) -> None:

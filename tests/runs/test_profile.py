@@ -7,7 +7,7 @@ from tests.runs.conftest import Runs
 
 
 def test_every_rank_is_in_the_picture(runs: Runs, tmp_path: Path) -> None:
-    runs.run("engine=zero3", "train.profile_steps=2", "engine.sequence_parallel_size=2", f"run_dir={tmp_path}",
+    runs.forked("engine=zero3", "train.profile_steps=2", "engine.sequence_parallel_size=2", f"run_dir={tmp_path}",
              "train.eval_every=0", "train.save_every=0", processes=2)  # fmt: skip
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "waterfall.png").exists()

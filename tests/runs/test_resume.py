@@ -27,12 +27,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("engine", "processes"), [("zero0", 1), ("zero2", 1), ("zero0", 2), ("zero2", 2)])
 def test_killed_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path, engine: str, processes: int) -> None:
-    settings = [f"engine={engine}", "model.dropout=0.1", "train.steps=16"]  # a busy machine is late to kill
+    settings = [f"engine={engine}", "model.dropout=0.1", "train.steps=12"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    runs.run(*settings, f"run_dir={whole}", processes=processes)
-    runs.interrupt(lambda: len(rows(killed)) >= 5, signal.SIGKILL, *settings, f"run_dir={killed}", processes=processes)
-    assert len(rows(killed)) < 16, "the run was over before it was killed"
-    result = runs.run(*settings, f"run_dir={killed}", processes=processes)
+    runs.forked(*settings, f"run_dir={whole}", processes=processes)
+    runs.forked(*settings, f"run_dir={killed}", processes=processes, kill_after_rows=5)
+    result = runs.forked(*settings, f"run_dir={killed}", processes=processes)
     assert "Going on from" in result.stdout
     assert_equal_runs(whole, killed)
 
@@ -41,15 +40,15 @@ def test_packed_documents_go_on_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
     """Samples with padding, and with the documents masked from each other; two ranks where there was one."""
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_texts(40))
     settings = ["data=jsonl", f"data.path={corpus}", "data.packing=best_fit", "data.document_mask=true"]
-    settings += ["model.sequence_length=128", "optim.schedule=constant"]
+    settings += ["model.sequence_length=128", "optim.schedule=constant", "train.steps=12"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    result = runs.run(*settings, f"run_dir={whole}")
+    result = runs.forked(*settings, f"run_dir={whole}")
     assert "% padding" in result.stdout
-    assert rows(whole)[-1]["data/tokens_seen"] < 8 * 4 * 128
-    runs.interrupt(lambda: len(rows(killed)) >= 5, signal.SIGKILL, *settings, f"run_dir={killed}")
-    runs.run(*settings, f"run_dir={killed}")
+    assert rows(whole)[-1]["data/tokens_seen"] < 12 * 4 * 128
+    runs.forked(*settings, f"run_dir={killed}", kill_after_rows=5)
+    runs.forked(*settings, f"run_dir={killed}")
     assert_equal_runs(whole, killed)
-    runs.run(*settings, f"run_dir={tmp_path / 'two'}", processes=2)
+    runs.forked(*settings, f"run_dir={tmp_path / 'two'}", processes=2)
     for one, two in zip(rows(whole), rows(tmp_path / "two"), strict=True):
         assert one["data/tokens_seen"] == two["data/tokens_seen"]
         assert one["train/loss"] == pytest.approx(two["train/loss"], rel=2e-5)
@@ -60,18 +59,18 @@ def test_stop_and_go_on_across_an_epoch(runs: Runs, tmp_path: Path) -> None:
     settings = ["data.max_documents=4", "model.sequence_length=128", "train.global_batch_size=16"]
     settings += ["optim.schedule=constant", "train.eval_every=0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    runs.run(*settings, f"run_dir={whole}", "train.steps=24")
+    runs.forked(*settings, f"run_dir={whole}", "train.steps=24")
     epochs = [row["data/epoch"] for row in rows(whole)]
     assert epochs[-1] > 1.2, "the test's corpus is too long for its steps"
     turn = next(i for i, epoch in enumerate(epochs) if epoch > 1)
     for steps in (turn, turn + 1, 24):
-        runs.run(*settings, f"run_dir={parts}", f"train.steps={steps}")
+        runs.forked(*settings, f"run_dir={parts}", f"train.steps={steps}")
     assert_equal_runs(whole, parts)
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(runs: Runs, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    runs.run(f"run_dir={whole}", "train.steps=40", "train.save_every=1000")
+    runs.forked(f"run_dir={whole}", "train.steps=40", "train.save_every=1000")
     output = runs.interrupt(
         lambda: len(rows(stopped)) >= 3, signal.SIGTERM, f"run_dir={stopped}", "train.steps=40", "train.save_every=1000"
     )
@@ -81,19 +80,19 @@ def test_sigterm_saves_and_the_next_start_goes_on(runs: Runs, tmp_path: Path) ->
     done = len(rows(stopped))
     assert find_checkpoint(stopped).name == f"step_{done:08d}"
     assert done < 40, "the run was over before the signal"
-    runs.run(f"run_dir={stopped}", "train.steps=40", "train.save_every=1000")
+    runs.forked(f"run_dir={stopped}", "train.steps=40", "train.save_every=1000")
     assert_equal_runs(whole, stopped)
 
 
 def test_damaged_checkpoint_is_passed_over(runs: Runs, tmp_path: Path) -> None:
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    runs.run(f"run_dir={whole}")
-    runs.run(f"run_dir={damaged}")
+    runs.forked(f"run_dir={whole}")
+    runs.forked(f"run_dir={damaged}")
     file = next(find_checkpoint(damaged).glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    result = runs.run(f"run_dir={damaged}")
+    result = runs.forked(f"run_dir={damaged}")
     assert "damaged" in result.stdout
     assert file.name in result.stdout
     assert "step_00000006" in result.stdout
@@ -101,17 +100,30 @@ def test_damaged_checkpoint_is_passed_over(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_resume_never_starts_anew_and_keeps_the_old_run(runs: Runs, tmp_path: Path) -> None:
-    runs.run(f"run_dir={tmp_path / 'run'}", "train.steps=4")
-    result = runs.run(f"run_dir={tmp_path / 'run'}", "train.steps=4", "resume=never")
+    runs.forked(f"run_dir={tmp_path / 'run'}", "train.steps=4")
+    result = runs.forked(f"run_dir={tmp_path / 'run'}", "train.steps=4", "resume=never")
     assert "Going on" not in result.stdout
     assert losses(tmp_path / "run") == losses(tmp_path / "run" / "previous" / "1")
 
 
+def test_a_record_without_checkpoints_is_kept(runs: Runs, tmp_path: Path) -> None:
+    """Its checkpoints were deleted, to make room: the same command starts anew, and costs no history."""
+    runs.forked(f"run_dir={tmp_path}", "train.steps=4")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    result = runs.forked(f"run_dir={tmp_path}", "train.steps=2")
+    assert "there is no checkpoint to go on from: the run starts anew, earlier metrics are in" in result.stdout
+    assert (tmp_path / "previous" / "1" / "metrics.jsonl").read_bytes() == before
+    assert list(losses(tmp_path)) == [1, 2]
+    assert "starts anew" not in runs.forked(f"run_dir={tmp_path}", "train.steps=3").stdout
+    assert list(losses(tmp_path)) == [1, 2, 3]
+
+
 def test_resume_from_another_run(runs: Runs, tmp_path: Path) -> None:
     first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
-    runs.run(f"run_dir={first}", "train.steps=6", "optim.schedule=constant")
-    runs.run(f"run_dir={second}", f"resume={first}", "optim.schedule=constant")
-    runs.run(f"run_dir={whole}", "optim.schedule=constant")
+    runs.forked(f"run_dir={first}", "train.steps=6", "optim.schedule=constant")
+    runs.forked(f"run_dir={second}", f"resume={first}", "optim.schedule=constant")
+    runs.forked(f"run_dir={whole}", "optim.schedule=constant")
     assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 6}
 
 
@@ -140,9 +152,30 @@ def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoint(runs: Runs, 
     assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 2}
 
 
+def test_a_mixture_of_other_weights_goes_on(runs: Runs, tmp_path: Path) -> None:
+    """Losses and epochs by source, and their mean, are logged; other weights on resuming are a warning."""
+    big = write_jsonl(tmp_path / "big.jsonl", make_texts(160, seed=1))
+    small = write_jsonl(tmp_path / "small.jsonl", make_texts(60, seed=2))
+
+    def train(steps: int, weight: float) -> str:
+        sources = f"{{name: big, weight: {weight}, source: jsonl, path: {big}}}"
+        sources += f", {{name: small, weight: 1.0, source: jsonl, path: {small}}}"
+        settings = ("data=mixture", f"data.mixture=[{sources}]", f"run_dir={tmp_path / 'run'}")
+        return runs.forked(*settings, f"train.steps={steps}").stdout
+
+    assert "big: 75.00% of them" in train(4, 3.0)
+    last = rows(tmp_path / "run")[-1]
+    assert last["val/loss"] == pytest.approx(0.75 * last["val/loss/big"] + 0.25 * last["val/loss/small"])
+    assert last["val/loss/big"] != last["val/loss/small"]
+    assert last["data/epoch/big"] > 0
+    again = train(6, 1.0)
+    assert "data.mixture.big.weight was 3.0, is 1.0: the run goes on differently" in " ".join(again.split())
+    assert "val/loss/small" in again
+
+
 def test_changed_keys_are_reported(runs: Runs, tmp_path: Path) -> None:
-    runs.run(f"run_dir={tmp_path}", "train.steps=3")
-    result = runs.run(f"run_dir={tmp_path}", "train.steps=4", "optim.lr=1e-4", "train.log_every=2")
+    runs.forked(f"run_dir={tmp_path}", "train.steps=3")
+    result = runs.forked(f"run_dir={tmp_path}", "train.steps=4", "optim.lr=1e-4", "train.log_every=2")
     assert "optim.lr was 0.003, is 0.0001: the run goes on differently" in result.stdout
     assert "train.log_every was 1, is 2: changes rounding, speed or output at most" in result.stdout
 
@@ -157,9 +190,9 @@ def test_other_stages_and_ranks_go_on(
 ) -> None:
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     steady = "optim.schedule=constant"
-    runs.run(f"run_dir={whole}", steady)
-    runs.run(f"run_dir={changed}", steady, "train.steps=4", f"engine={first[0]}", processes=first[1])
-    runs.run(f"run_dir={changed}", steady, f"engine={second[0]}", processes=second[1])
+    runs.forked(f"run_dir={whole}", steady)
+    runs.forked(f"run_dir={changed}", steady, "train.steps=4", f"engine={first[0]}", processes=first[1])
+    runs.forked(f"run_dir={changed}", steady, f"engine={second[0]}", processes=second[1])
     for step, (loss, norm) in losses(whole).items():
         assert losses(changed)[step] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3))
 
@@ -169,11 +202,11 @@ def test_other_stages_and_ranks_go_on(
 def test_eight_ranks_go_on_as_two_and_two_as_eight(runs: Runs, tmp_path: Path, engine: str) -> None:
     """Whole runs, with the loader; tests/training/test_resume_engine.py does it without, in seconds."""
     settings = [f"engine={engine}", "train.global_batch_size=8", "optim.schedule=constant"]
-    runs.run(*settings, f"run_dir={tmp_path / 'whole'}", processes=2)
+    runs.forked(*settings, f"run_dir={tmp_path / 'whole'}", processes=2)
     for before, after in ((8, 2), (2, 8)):
         folder = tmp_path / f"from_{before}"
-        runs.run(*settings, f"run_dir={folder}", "train.steps=4", processes=before)
-        runs.run(*settings, f"run_dir={folder}", processes=after)
+        runs.forked(*settings, f"run_dir={folder}", "train.steps=4", processes=before)
+        runs.forked(*settings, f"run_dir={folder}", processes=after)
         for step, expected in losses(tmp_path / "whole").items():
             assert losses(folder)[step] == pytest.approx(expected, rel=1e-5), step
 
@@ -185,6 +218,6 @@ def test_two_runs_in_one_folder_are_refused(runs: Runs, tmp_path: Path) -> None:
     folder.mkdir()
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = runs.run(f"run_dir={folder}", code=2)
+        result = runs.forked(f"run_dir={folder}", code=2)
     assert "Another run" in result.stderr
     shutil.rmtree(folder)

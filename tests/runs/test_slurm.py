@@ -21,7 +21,7 @@ from tests.runs.test_resume import assert_equal_runs
 pytestmark = pytest.mark.slow
 STEPS = 200
 """So many that a busy machine has time to signal a run before it ends."""
-LONG = [f"train.steps={STEPS}", "train.save_every=1000", "model.dropout=0.1"]
+LONG = [f"train.steps={STEPS}", "train.save_every=1000", "train.eval_every=50", "model.dropout=0.1"]
 LAUNCHER = ["--multirun", "hydra/launcher=slurm"]
 
 
@@ -65,7 +65,7 @@ def test_a_run_is_queued_again_and_ends_like_one_left_alone(runs: Runs, slurm: S
     assert submitted.returncode == 0, output
     assert (slurm.starts("1"), slurm.state("1")) == (3, "COMPLETED")
     assert slurm.options("1")["signal"] == "USR1@120"
-    runs.run(*LONG, f"run_dir={whole}", processes=2)
+    runs.forked(*LONG, f"run_dir={whole}", processes=2)
     assert_equal_runs(whole, stopped)
 
 
@@ -77,7 +77,7 @@ def test_a_sweep_is_an_array_and_each_job_is_queued_again_by_itself(runs: Runs, 
     assert [(slurm.starts(job), slurm.state(job)) for job in slurm.jobs()] == [(1, "COMPLETED"), (2, "COMPLETED")]
     for index, seed in enumerate((1, 2)):
         whole = tmp_path / f"whole_{seed}"
-        runs.run(*LONG, f"run_dir={whole}", f"seed={seed}")
+        runs.forked(*LONG, f"run_dir={whole}", f"seed={seed}")
         assert_equal_runs(whole, tmp_path / "sweep" / f"{index}_seed-{seed}")
 
 
@@ -114,7 +114,7 @@ def test_the_documented_batch_script_queues_itself_again(runs: Runs, slurm: Slur
             signalled = True
         time.sleep(0.005)
     assert (slurm.starts("1"), slurm.state("1")) == (2, "COMPLETED")
-    runs.run(*LONG, f"run_dir={whole}")
+    runs.forked(*LONG, f"run_dir={whole}")
     assert_equal_runs(whole, stopped)
 
 
@@ -122,6 +122,6 @@ def test_without_a_cluster_the_message_is_short(runs: Runs, tmp_path: Path) -> N
     pytest.importorskip("submitit", reason="pip install -e '.[slurm]'")
     if shutil.which("srun"):
         pytest.skip("there is a cluster")
-    result = runs.run(*LAUNCHER, f"run_dir={tmp_path / 'run'}", code=2)
+    result = runs.forked(*LAUNCHER, f"run_dir={tmp_path / 'run'}", code=2)
     assert "there is no srun here" in result.stderr
     assert len(result.stderr.splitlines()) == 1

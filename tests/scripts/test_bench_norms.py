@@ -36,9 +36,10 @@ FEW = ("--warmup", "1", "--repeats", "2", "--rounds", "2")
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("direction", list(bench.ROWS_MOVED))
-def test_measure(norm: str, direction: str) -> None:
+@pytest.mark.parametrize("shift", [False, True])
+def test_measure(norm: str, direction: str, shift: bool) -> None:
     """All candidates are right, and bytes are those of the rows that the pass must move."""
-    results = bench.measure(arguments("--norm", norm, *FEW), 24, 5, direction, steady)
+    results = bench.measure(arguments("--norm", norm, *FEW, *["--shift"] * shift), 24, 5, direction, steady)
     candidates: Any = forward_candidates(24) if direction in ("forward", "first") else backward_candidates(24)
     assert [r.implementation for r in results] == [*candidates, "copy"]
     rows = {"forward": 4, "first": 2, "backward": 4, "kernel": 4}[direction]
@@ -71,8 +72,8 @@ def test_wrong_results_are_not_timed(direction: str, monkeypatch: pytest.MonkeyP
 
 
 def test_compile_and_plain_are_the_same_function() -> None:
-    given = bench.make_inputs("layernorm", 5, 24, "cpu", torch.float32)
-    for direction in ("forward", "first", "backward"):
+    for direction, shift in (("forward", False), ("first", False), ("backward", False), ("backward", True)):
+        given = bench.make_inputs("layernorm", 5, 24, "cpu", torch.float32, shift)
         found = bench.call_of(torch.compile(bench.plain(True), backend="aot_eager"), given, direction)()
         assert bench.breach(given, direction, found) == ""
         assert "outputs, expected" in bench.breach(given, direction, found[:1])
@@ -92,8 +93,13 @@ def test_schedules_by_fields() -> None:
 def test_the_shipped_schedule_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its candidate's name, or apart where it is no candidate; and wherever it is asked for."""
     assert bench.schedules_of(arguments("--backward", "shipped"), 24, "kernel") == {
-        "shipped": norm_kernel.backward_schedule(24)
+        "shipped": norm_kernel.backward_schedule(24, False)
     }
+    monkeypatch.setitem(norm_kernel.PER_SM_WITH_SHIFT, 24, 1)
+    assert bench.schedules_of(arguments("--backward", "shipped", "--shift"), 24, "kernel") == {
+        "shipped": norm_kernel.backward_schedule(24, True)
+    }
+    assert norm_kernel.backward_schedule(24, True) != norm_kernel.backward_schedule(24, False)
     assert "shipped" not in bench.schedules_of(arguments(), 2560, "backward")
     other = ForwardSchedule(2, early=True, streaming=True)
     monkeypatch.setitem(norm_kernel.FORWARD, 24, other)

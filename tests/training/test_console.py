@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -212,6 +213,11 @@ def test_error_before_there_is_a_log() -> None:
     out = io.StringIO()
     assert report_error(UserError("bad key"), Console(file=out)) == 2
     assert out.getvalue() == "error: bad key\n"
+    out = io.StringIO()
+    full = OSError(errno.ENOSPC, "No space left on device", "/from/a", None, "/to/b")
+    assert report_error(full, Console(file=out), Path("run.log")) == 2
+    assert "No space left on device: /to/b. What was saved is kept" in out.getvalue()
+    assert "traceback" not in out.getvalue()
     out = io.StringIO()
     report_error(UserError("\n".join(map(str, range(MAX_ERROR_LINES)))), Console(file=out))
     assert len(out.getvalue().splitlines()) == MAX_ERROR_LINES

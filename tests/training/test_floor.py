@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import Activation, Attention, ModelConfig, Position, Precision, Toggle
+from configs.schema import Activation, Attention, Fp8, ModelConfig, Position, Precision, Toggle
 from model import build_model
 from model.flops import flops_per_token
 from model.init import Linear
@@ -40,10 +40,12 @@ def setting_of(model: ModelConfig | None = None, attention: Attention = Attentio
     )
 
 
+@pytest.mark.parametrize("recipe", list(Fp8))
 @pytest.mark.parametrize("activation", [Activation.gelu_tanh, Activation.swiglu])
-def test_products_are_a_blocks(activation: Activation) -> None:
-    """The shapes are those of the model's layers, and a call multiplies what the rate counts."""
+def test_products_are_a_blocks(activation: Activation, recipe: Fp8) -> None:
+    """The shapes are those of the model's layers, and a call multiplies what the rate counts, also in fp8."""
     setting = setting_of(replace(setting_of().config.model, activation=activation, num_kv_heads=1))
+    setting.config.engine.fp8 = recipe
     block = build_model(setting.config.model).blocks[0]
     assert matrices(setting.config.model) == [tuple(m.weight.shape) for m in block.modules() if isinstance(m, Linear)]
     call = products(setting, matrices(setting.config.model), 40, CPU)
@@ -83,6 +85,21 @@ def test_floor_is_flops_over_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert work[Category.matmul] == 64 * per_token.matmul
     assert found.step_time_s == pytest.approx(products_s + attention_s)
     assert Floor(1, 1, 1, 0.5).share(2.0) == 0.25
+
+
+def test_floor_in_fp8_has_the_head_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's products in 1 ms with fp8 and in 2 ms without, no time for attention."""
+    setting = setting_of()
+    setting.config.engine.fp8 = Fp8.rowwise
+    took = iter([1e-3, 2e-3])
+    monkeypatch.setattr(floor, "seconds_a_call", lambda *_: next(took))
+    monkeypatch.setattr(floor, "attention_seconds", lambda *_: (1e-30, 1e-30))
+    found = measure_floor(setting, CPU)
+    head = 64 * 6 * 61 * 64  # 64 tokens a step, 61 of 64 rows
+    in_bf16 = 6 * 32 * 12 * 64 * 64 / 2e-3
+    assert found.head_tflops == pytest.approx(in_bf16 / 1e12)
+    assert found.matmul_tflops == pytest.approx(2 * in_bf16 / 1e12)
+    assert found.step_time_s == pytest.approx(2 * 2 * 1e-3 + head / in_bf16)
 
 
 def test_calls_are_timed() -> None:

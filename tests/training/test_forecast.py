@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from configs.schema import EngineConfig, ModelConfig, Recompute
+from configs.schema import EngineConfig, ModelConfig, Recompute, Toggle
 from model.flops import parameter_counts
 from training.forecast import Cluster, Job, checkpoint_bytes, forecast, traffic
 
@@ -20,10 +20,16 @@ def job(stage: int, world_size: int = 4, **engine: object) -> Job:
     return Job(MODEL, config, 2, micro_batch_size=2, accumulation_steps=3, world_size=world_size, overlapped=True)
 
 
-@pytest.mark.parametrize(("stage", "per_weight"), [(0, 8), (1, 4 + 2), (2, 3 * 8 + 2), (3, 3 * 4 + 3 * 2 * 2)])
+@pytest.mark.parametrize(("stage", "per_weight"), [(0, 8), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * 4 + 3 * 2 * 2)])
 def test_bytes_by_stage(stage: int, per_weight: int) -> None:
     assert traffic(job(stage)).total == pytest.approx(COUNT * per_weight * 3 / 4)
     assert traffic(job(stage, world_size=1)).total == 0
+
+
+def test_bytes_of_deepspeeds_stage_2() -> None:
+    """It reduces to all ranks."""
+    assert traffic(job(2, lean_zero2=Toggle.off)).total == pytest.approx(COUNT * (3 * 8 + 2) * 3 / 4)
+    assert traffic(job(2, fp32_accumulation=False)).total == pytest.approx(COUNT * (3 * 4 + 2) * 3 / 4)
 
 
 def test_bytes_of_sequence_parallelism() -> None:
@@ -47,7 +53,7 @@ def test_stage_1_waits_for_all_of_it() -> None:
 
 
 def test_stage_2_hides_what_its_backward_passes_have_room_for() -> None:
-    reduce_s, gather_s, backward_s = COUNT * 8 * 0.75 / 1e9, COUNT * 2 * 0.75 / 1e9, 256 / 1e6 * 2 / 3
+    reduce_s, gather_s, backward_s = COUNT * 4 * 0.75 / 1e9, COUNT * 2 * 0.75 / 1e9, 256 / 1e6 * 2 / 3
     assert reduce_s > backward_s  # some of it is left
     assert forecast(job(2), CLUSTER).exposed_s == pytest.approx(gather_s + 3 * (reduce_s - backward_s))
     fast = replace(CLUSTER, link_gb_per_s=1000.0)  # all of it is hidden but a block's

@@ -25,7 +25,7 @@ PRECISIONS = {Precision.fp32: 1e-5, Precision.bf16: 2e-3}
 """Precision → how far losses may be from one rank's: by the order of fp32 sums, and in bf16 by its rounding, 2^-9 of a
 value. Gradient norms: ten times as far."""
 CASES = [(Precision.bf16, stage, sequence) for stage in (0, 1, 2, 3) for sequence in (1, 2)]
-CASES += [(Precision.fp32, 1, 1), (Precision.fp32, 3, 1), (Precision.fp32, 3, 2)]
+CASES += [(Precision.fp32, 1, 1), (Precision.fp32, 2, 1), (Precision.fp32, 3, 1), (Precision.fp32, 3, 2)]
 Steps = list[tuple[float, float]]
 
 
@@ -75,12 +75,12 @@ def test_two_ranks_train_as_one(found: dict[int, list[Steps]], case: tuple[Preci
         assert norm == pytest.approx(expected_norm, rel=10 * tolerance)
 
 
-def slow_steps(device: Device, waits: bool) -> tuple[list[float], list[np.ndarray]]:
-    """Losses and masters of ZeRO-3 where matrices are gathered and the device is far behind the host, which `waits` for
-    it after each step or never."""
+def slow_steps(device: Device, stage: int, waits: bool) -> tuple[list[float], list[np.ndarray]]:
+    """Losses and masters where matrices are gathered, in several messages, and the device is far behind the host, which
+    `waits` for it after each step or never."""
     own = distributed.init(device, timeout_minutes=5)
     rng.make_deterministic()
-    config = run_config(3, accumulation=1, compile=Toggle.off)
+    config = run_config(stage, accumulation=1, compile=Toggle.off, bucket_size=500_000)
     config.model.width, config.engine.precision = 512, Precision.bf16  # above 100,000 elements, which stay gathered
     one = make_engine(config, own)
     forward = one.forward
@@ -105,9 +105,11 @@ def slow_steps(device: Device, waits: bool) -> tuple[list[float], list[np.ndarra
     return losses, masters
 
 
-def test_gathers_wait_for_the_update() -> None:
-    """Parameters are gathered on a stream of their own: never before the update that they are to show."""
-    late, soon = (on_ranks(2, slow_steps, Device.cuda, waits) for waits in (False, True))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gathers_wait_for_the_update(stage: int) -> None:
+    """Parameters are gathered on a stream of their own: never before the update that they are to show. At stage 2 they
+    arrive where gradients are reduced, on another one: never before those are read, or after new ones have come."""
+    late, soon = (on_ranks(2, slow_steps, Device.cuda, stage, waits) for waits in (False, True))
     for (losses, masters), (expected, expected_masters) in zip(late, soon, strict=True):
         assert losses == expected
         assert all(np.array_equal(a, b) for a, b in zip(masters, expected_masters, strict=True))

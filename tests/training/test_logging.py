@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
 import logging
@@ -98,6 +99,50 @@ def test_line_cut_short_by_a_crash_is_dropped(folder: RunFolder, caplog: pytest.
     folder.metrics.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     assert [row["step"] for row in read_metrics(folder.metrics)] == [1, 2]
     assert "metrics.jsonl:2" in caplog.text
+
+
+class FullDisk:
+    """A file on a disk that has room for so many more bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room and data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return int(written)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_full_disk_costs_no_row(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Half a line fits, then none; what had no room is written when there is some. It is said once."""
+    file = MetricsFile(folder.metrics)
+    file.write(10, {"train/loss": 3.0})
+    file._file = disk = FullDisk(file._file, room=5)
+    file.write(10, {"val/loss": 2.0})
+    assert rows(folder.metrics) == []  # of the line that was to be longer there is no half
+    file.write(20, {"train/loss": 2.5})
+    file.write(20, {"val/loss": 2.4})
+    disk.room = 1000
+    file.write(30, {"train/loss": 2.0})
+    whole = [
+        {"step": 10, "train/loss": 3.0, "val/loss": 2.0},
+        {"step": 20, "train/loss": 2.5, "val/loss": 2.4},
+        {"step": 30, "train/loss": 2.0},
+    ]
+    assert rows(folder.metrics) == whole
+    file.write(30, {"val/loss": 1.0})
+    assert rows(folder.metrics) == [*whole[:2], whole[2] | {"val/loss": 1.0}]
+    disk.room = 0
+    file.write(40, {"train/loss": 1.0})
+    file.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert ["No space left" in line for line in said] == [True, False]
+    assert "lacks its last 1 rows" in said[1]
 
 
 def test_numbers_that_json_lacks_are_null(folder: RunFolder) -> None:

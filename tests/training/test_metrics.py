@@ -8,6 +8,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -51,8 +52,8 @@ class FakeClock:
         return end - start
 
 
-def meter_on(clock: FakeClock, warmup_steps: int = 0, world_size: int = 1, **changes: float) -> ThroughputMeter:
-    numbers = {"flops_per_token": 8e9, "flops_per_token_causal": 6e9, "peak_tflops": 100.0} | changes
+def meter_on(clock: FakeClock, warmup_steps: int = 0, world_size: int = 1, **changes: Any) -> ThroughputMeter:
+    numbers: dict[str, Any] = {"flops_per_token": 8e9, "flops_per_token_causal": 6e9, "peak_tflops": 100.0} | changes
     return ThroughputMeter(world_size=world_size, device=CPU, warmup_steps=warmup_steps, clock=clock, **numbers)
 
 
@@ -197,6 +198,22 @@ def test_impossible_mfu_is_an_error_once_and_left_out(caplog: pytest.LogCaptureF
     assert all("hardware.peak_tflops" in error and "outside (0, 1]" in error for error in errors)
     assert "perf/mfu is 1.6" in errors[0]
     assert "perf/mfu_causal is 1.2" in errors[1]
+
+
+def test_faster_units_than_the_peaks_may_exceed_it(caplog: pytest.LogCaptureFixture) -> None:
+    """With `engine.fp8` 1.6 of the bf16 peak is a measurement, and 2.2 is none; a measured peak isn't doubted."""
+    for peak, expected in [(5.0, 1.6), (3.6, None)]:
+        clock = FakeClock()
+        meter = meter_on(
+            clock, peak_tflops=peak, ceiling=m.FP8_CEILING, remeasure=lambda: pytest.fail("measured again")
+        )
+        meter.start()
+        clock.work(1.0)
+        meter.step(1000)
+        report = meter.report()
+        assert report is not None
+        assert report.mfu == (None if expected is None else pytest.approx(expected))
+    assert "outside (0, 2]" in caplog.text
 
 
 def test_full_convention_alone_may_exceed_the_peak(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from configs import compose
 from configs.errors import UserError
+from configs.schema import DataConfig, RunConfig, TrainConfig
 from training.distributed import start_of
 from training.resume import on_restart
 from training.run import RunFolder, claim, move_aside, run_folder, write_config
@@ -54,6 +56,38 @@ def test_unwritable_folder_is_named(tmp_path: Path) -> None:
         claim(RunFolder(tmp_path / "file" / "run"), "auto"),
     ):
         pass
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 16 KB, of which nothing is left."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("only root can mount a small disk")
+    (folder / "rest").write_bytes(bytes(16384))
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_is_named(full_disk: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"run_dir .*full can't be written: No space left on device\. Give run_dir=PATH"),
+        claim(RunFolder(full_disk), "auto"),
+    ):
+        pass
+    (full_disk / "rest").write_bytes(bytes(12288))
+    with claim(RunFolder(full_disk), "auto"), pytest.raises(UserError, match="can't be written: No space left"):
+        write_config(RunFolder(full_disk), RunConfig(data=DataConfig(path="x" * 8192)))
+
+
+def test_where_nothing_can_be_saved_is_known_at_the_start(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.write_text("")
+    with pytest.raises(UserError, match=r"run_dir .*checkpoints can't be written"):
+        write_config(folder, RunConfig())
+    write_config(folder, RunConfig(train=TrainConfig(save_every=0)))
 
 
 def test_never_moves_an_earlier_run_aside_and_keeps_it(tmp_path: Path) -> None:
@@ -133,4 +167,4 @@ def test_config_is_written_resolved(tmp_path: Path) -> None:
     tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert tree["train"]["steps"] == 7
     assert tree["model"]["attention"] == "standard"
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.yaml"]

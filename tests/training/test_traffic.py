@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.schema import Device, Precision, RunConfig
+from configs.schema import Device, Precision, RunConfig, Toggle
 from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_model, run_config
 from training import backend, distributed
@@ -19,7 +19,8 @@ from training.distributed import Processes
 from training.engine import build_engine
 from training.forecast import Job, traffic
 
-STAGES = (0, 1, 2, 3)
+WAYS = [(stage, Toggle.auto) for stage in (0, 1, 2, 3)] + [(2, Toggle.off)]
+"""Stages, and `engine.lean_zero2`."""
 GRADIENTS, WEIGHTS, HEADS = "gradients", "weights", "heads"
 KINDS = {
     "all_reduce": (GRADIENTS, 2.0),
@@ -52,14 +53,13 @@ def count_bytes(sent: Counter[str]) -> None:
         setattr(dist, name, counted(name))
 
 
-def config_of(stage: int) -> RunConfig:
-    config = run_config(stage, accumulation=3, micro=1, sequence_parallel_size=2)
+def config_of(stage: int, lean: Toggle) -> RunConfig:
+    config = run_config(stage, accumulation=3, micro=1, sequence_parallel_size=2, lean_zero2=lean)
     config.engine.precision = Precision.bf16
     return config
 
 
-def bytes_of_a_step(stage: int, own: Processes, sent: Counter[str]) -> dict[str, int]:
-    config = config_of(stage)
+def bytes_of_a_step(config: RunConfig, own: Processes, sent: Counter[str]) -> dict[str, int]:
     one = build_engine(make_model(config), config, resolve_batch(config.train, data_ranks(config.engine, 2)), own)
     for step in range(3):  # ZeRO-3 traces the first ones
         sent.clear()
@@ -68,30 +68,32 @@ def bytes_of_a_step(stage: int, own: Processes, sent: Counter[str]) -> dict[str,
     return dict(sent)
 
 
-def bytes_of_steps() -> dict[int, dict[str, int]]:
-    """What one of two ranks sends at each stage."""
+def bytes_of_steps() -> dict[tuple[int, Toggle], dict[str, int]]:
+    """What one of two ranks sends, each way."""
     sent: Counter[str] = Counter()
     count_bytes(sent)  # before DeepSpeed looks the collectives up
     own = distributed.init(Device.cpu)
     nothing = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
     backend.gathering = lambda _: nothing | {"stage3_prefetch_bucket_size": 0}  # small weights travel as large ones
-    found = {stage: bytes_of_a_step(stage, own, sent) for stage in STAGES}
+    found = {way: bytes_of_a_step(config_of(*way), own, sent) for way in WAYS}
     own.barrier()
     own.close()
     return found
 
 
 @pytest.fixture(scope="module")
-def sent() -> dict[int, dict[str, int]]:
-    found: dict[int, dict[str, int]] = on_ranks(2, bytes_of_steps)[0]
+def sent() -> dict[tuple[int, Toggle], dict[str, int]]:
+    found: dict[tuple[int, Toggle], dict[str, int]] = on_ranks(2, bytes_of_steps)[0]
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_step_sends_what_was_predicted(sent: dict[int, dict[str, int]], stage: int) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"zero{way[0]}-{way[1]}")
+def test_a_step_sends_what_was_predicted(
+    sent: dict[tuple[int, Toggle], dict[str, int]], way: tuple[int, Toggle]
+) -> None:
     """But for what isn't proportional to the model: the loss, the norm, whether to step. At most 64 bytes."""
-    config = config_of(stage)
+    config = config_of(*way)
     expected = traffic(Job(config.model, config.engine, 2, 1, 3, world_size=2, overlapped=False))
-    assert sent[stage].get(WEIGHTS, 0) == expected.weights
-    assert sent[stage][HEADS] == expected.heads
-    assert 0 <= sent[stage][GRADIENTS] - expected.gradients <= 64
+    assert sent[way].get(WEIGHTS, 0) == expected.weights
+    assert sent[way][HEADS] == expected.heads
+    assert 0 <= sent[way][GRADIENTS] - expected.gradients <= 64

@@ -33,8 +33,16 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         (["train.global_batch_size=16", "train.micro_batch_size=3"], ["train.global_batch_size", "train.micro_batch"]),
         (["model.num_heads=3"], ["model.num_heads"]),
         (["hardware.peak_tflops=-1"], ["hardware.peak_tflops"]),
+        (
+            ["engine.fp8=rowwise", "engine.precision=fp32"],
+            ["engine.fp8=rowwise", "engine.precision=bf16", "given fp32"],
+        ),
+        (["engine.fp8=rowwise", "model.mlp_width=100"], ["engine.fp8", "model.mlp_width is 100", "multiples of 16"]),
+        ([f"seed={2**63}"], ["seed is 9223372036854775808", "below"]),
+        (["name="], ["name is empty", "runs/NAME"]),
         (["engine=zero2", "engine.lean_zero3=on"], ["engine.lean_zero3=on", "engine.zero_stage=3", "auto or off"]),
-        (["engine=zero2", "optim.fused_step=on"], ["optim.fused_step=on", "zero_stage=0, or 1 or 3", "auto or off"]),
+        (["engine=zero3", "engine.lean_zero2=on"], ["engine.lean_zero2=on", "engine.zero_stage=2", "auto or off"]),
+        (["engine=zero2", "optim.fused_step=on"], ["optim.fused_step=on", "zero_stage=0, or 1 to 3", "auto or off"]),
     ],
 )
 def test_problem_is_named(overrides: list[str], words: list[str]) -> None:
@@ -48,6 +56,9 @@ def test_problem_is_named(overrides: list[str], words: list[str]) -> None:
         (["engine=zero3"], 1, False),
         (["engine=zero3"], 2, True),
         (["engine=zero3", "engine.lean_zero3=off"], 1, True),
+        (["engine=zero2"], 1, False),
+        (["engine=zero2"], 2, True),
+        (["engine=zero2", "engine.lean_zero2=off"], 1, True),
         (["engine=zero1"], 2, False),
         (["engine=zero1", "engine.precision=fp32"], 2, True),
     ],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from configs.messages import schema_keys
-from configs.schema import Attention, Precision, Recompute, RunConfig, Toggle
+from configs.schema import Attention, Fp8, Precision, Recompute, RunConfig, Toggle
 from model.flops import parameter_counts
 from tests.training.conftest import run_config
 from training.batch import resolve_batch
@@ -253,6 +253,15 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
     [
         ("nvjet_tst_192x192_64x4_1x2_h_bz_coopB_NTN", ("aten::addmm",), C.matmul),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", (), C.matmul),
+        ("sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize128x128x128_warpgroupsize1x1x1", (), C.matmul),
+        ("nvjet_qqtst_128x256_128x4_2x1_v_bz_TNT", ("aten::_scaled_mm",), C.matmul),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<>>", ("aten::_scaled_mm",), C.matmul),
+        ("triton_red_fused__to_copy_abs_amax_clamp_mul_reciprocal_view_2", (), C.casts),
+        ("triton_red_fused__to_copy_abs_amax_attention_qkvpacked_clamp_mul_reciprocal_view_3", (), C.casts),
+        ("triton_red_fused_abs_add_norm_amax_view_0", (), C.casts),
+        ("triton_poi_fused__to_copy_clone_mul_reciprocal_t_5", (), C.casts),
+        ("triton_per_fused__to_copy_abs_amax_clamp_1", (), C.casts),
+        ("triton_red_fused__to_copy_abs_add_amax_clamp_mul_reciprocal_sigmoid_4", (), C.activations),
         ("void cublasLt::splitKreduce_kernel<32, 16, int>", (), C.matmul),
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", ("aten::mm", "_LinearCrossEntropy"), C.matmul),
         ("triton_tem_fused_addmm_3", (), C.matmul),
@@ -279,6 +288,7 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("_add_norm_kernel", (), C.norms),
         ("_adamw_kernel", (), C.optimizer),
         ("_add_norm_backward_kernel", (), C.norms),
+        ("_add_parts_kernel", (), C.norms),
         ("triton_red_fused_sum_7", (), C.elementwise),
         ("triton_poi_fused__to_copy_t_9", (), C.copies),
         ("triton_poi_fused_cat_3", (), C.copies),
@@ -383,6 +393,23 @@ def test_work_by_hand() -> None:
     config.engine.fuse_weight_gradients = Toggle.off
     apart = work_of(config.model, config.engine, Precision.bf16, tokens=64, accumulation=2, world_size=1).least_bytes
     assert apart[C.accumulation] == 10 * count * 2
+
+
+def test_casts_to_fp8_by_hand() -> None:
+    """Two layers of width 64, 64 tokens in two micro-batches. Three bytes an element: of what qkv, up and projection
+    are given (3 E) and get back (qkv 3 E, projection and down E each), and of each weight twice. GELU's own, a byte."""
+    config = run_config(stage=1)
+    plain, cast = (
+        work_of(
+            config.model, replace(config.engine, fp8=recipe), Precision.bf16, tokens=64, accumulation=2, world_size=1
+        )
+        for recipe in (Fp8.none, Fp8.rowwise)
+    )
+    weights = 64 * 192 + 64 * 64 + 2 * 64 * 256
+    assert C.casts not in plain.least_bytes
+    assert cast.least_bytes[C.casts] == 2 * 3 * (64 * 8 * 64 + 2 * 2 * weights)
+    assert cast.least_bytes[C.activations] == plain.least_bytes[C.activations] + 2 * 64 * 2 * 256
+    assert cast.flops == plain.flops
 
 
 @pytest.mark.parametrize(("stage", "per_weight"), [(0, 2 * 4), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * 4 + 3 * 2 * 2)])

@@ -21,6 +21,7 @@ class Category(StrEnum):
     attention_backward = "attention_backward"
     norms = "norms"
     activations = "activations"
+    casts = "casts"
     elementwise = "elementwise"
     loss = "loss"
     accumulation = "accumulation"
@@ -39,6 +40,7 @@ LABELS: dict[Category, str] = {
     Category.attention_backward: "attention backward",
     Category.norms: "norms and residuals",
     Category.activations: "activations",
+    Category.casts: "casts to fp8",
     Category.elementwise: "biases, embeddings, other elementwise",
     Category.loss: "loss",
     Category.accumulation: "gradient accumulation",
@@ -74,6 +76,7 @@ OUR_KERNELS: dict[str, Category] = {
     # model.norm_kernel
     "_add_norm_kernel": C.norms,
     "_add_norm_backward_kernel": C.norms,
+    "_add_parts_kernel": C.norms,
     # training.adamw_kernel
     "_adamw_kernel": C.optimizer,
 }
@@ -86,6 +89,8 @@ _MATMUL = re.compile(
     r"nvjet|gemm|gemv|cutlass|xmma|cublas|splitk|triton_tem_|triton_mm|^Cijk_|_wgrad_|_dgrad_", re.IGNORECASE
 )
 _INDUCTOR = re.compile(r"^triton_(poi|per|red|tem|for|mix|spl)_fused_")
+_CAST = re.compile(r"^triton_[a-z]+_fused_\w*_(amax|clamp|reciprocal)(?=_|$)")
+"""The largest magnitude and the scale that it makes: of what Inductor compiles here, `model.fp8` alone has these."""
 _MOVES = re.compile(r"_(to_copy|clone|copy|cat|stack|view|t|transpose|permute|slice|unsqueeze|select|split)(?=_|$)")
 _ADD = re.compile(r"_add(?=_|$)")
 
@@ -112,7 +117,7 @@ _BY_OPERATOR: dict[Category, str] = {
     "embedding_dense_backward embedding_backward index_select index index_add_ gather scatter_add_ arange cumsum "
     "searchsorted bitwise_and bitwise_or logical_and logical_or logical_not ne eq ge gt le lt maximum minimum clamp "
     "max min amax amin any all abs isfinite isnan isinf item _local_scalar_dense is_nonzero __or__ __and__ bitwise_not "
-    "linalg_vector_norm addcmul lerp random_ randint eye tril triu",
+    "linalg_vector_norm reciprocal addcmul lerp random_ randint eye tril triu",
 }
 OPERATORS: dict[str, Category] = {f"aten::{op}": kind for kind, ops in _BY_OPERATOR.items() for op in ops.split()}
 """ATen operator -> category, inside the model; inside the optimizer all is optimizer."""
@@ -152,7 +157,7 @@ def classify_kernel(name: str, kind: str, stack: tuple[str, ...]) -> Category | 
         return C.optimizer
     if kind == MEMORY:
         return C.copies
-    named = OUR_KERNELS.get(name) or _attention(name, stack)
+    named = OUR_KERNELS.get(name) or _cast(name) or _attention(name, stack)
     if named is not None:
         return named
     if _MATMUL.search(name):
@@ -185,6 +190,14 @@ def _communicates(stack: tuple[str, ...]) -> bool:
     """Whether a collective is the innermost thing that means something; one that runs on beside others isn't."""
     first = next((name for name in stack if name in OPERATORS or COMMUNICATION.search(name)), "")
     return COMMUNICATION.search(first) is not None
+
+
+def _cast(name: str) -> Category | None:
+    """Casts to fp8, where they aren't fused with what makes the values. Inductor also writes into the name what the
+    operator is called that made them, such as attention."""
+    if not _CAST.match(name):
+        return None
+    return next((category for pattern, category in _NAME_PATTERNS[:2] if pattern.search(name)), C.casts)
 
 
 def _attention(name: str, stack: tuple[str, ...]) -> Category | None:

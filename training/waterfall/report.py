@@ -173,6 +173,7 @@ def settings_of(setting: Setting) -> dict[str, Any]:
         "sequence_length": config.model.sequence_length,
         "attention": setting.attention.value,
         "precision": setting.precision.value,
+        "fp8": config.engine.fp8.value,
         "zero_stage": config.engine.zero_stage,
         "compiled": setting.compiled,
         "recompute": config.engine.recompute.value,

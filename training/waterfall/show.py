@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from training.backend import arithmetic
 from training.waterfall.names import Category
 from training.waterfall.report import Part, Report
 
@@ -54,7 +55,8 @@ def headline(report: Report) -> str:
     """What was measured, in a line."""
     setting = report.setting
     return (
-        f"{setting.config.name} on {setting.device_name}, {setting.precision}, {setting.attention} attention: "
+        f"{setting.config.name} on {setting.device_name}, {arithmetic(setting.config.engine, setting.precision)}, "
+        f"{setting.attention} attention: "
         f"{duration(report.step_time_s)} a step, MFU {report.mfu:.1%} (attention causally {report.mfu_causal:.1%})"
     )
 

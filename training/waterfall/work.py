@@ -7,7 +7,10 @@ Bytes are analytic: what a perfectly fused implementation would move, e bytes an
 made of them tells how far a part is from the memory's own; it is low where a part makes passes that it needn't.
 
     norms and residuals   (2L+1) times: read x and f, write x+f and its norm; backward: read dy, x, dx', write dx
-    activations           forward read and write M; backward read dy and the input, write its gradient; gated: 8 M
+    activations           forward read and write M; backward read dy and the input, write its gradient; gated: 8 M. With
+                          `engine.fp8` a byte more for what is written, which is made with it
+    casts to fp8          with `engine.fp8`: e read and 1 written of the other operands of the forward product and the
+                          input's gradient, and twice of each weight, a micro-batch
     loss                  the logits, read once and their gradient written
     accumulation          a pass over all gradients a micro-batch: read e, read and write the sum; nothing with
                           `engine.fuse_weight_gradients`, but for the vectors of norms
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.schema import Activation, EngineConfig, ModelConfig, Precision
+from configs.schema import Activation, EngineConfig, Fp8, ModelConfig, Precision
 from model.dimensions import resolve_dimensions
 from model.flops import FlopsPerToken, flops_per_token, parameter_counts
 from training.backend import should_fuse_weight_gradients
@@ -60,6 +63,9 @@ def work_of(
     least = {kind: float(tokens * element * count) for kind, count in _activation_elements(model).items()}
     fused = should_fuse_weight_gradients(engine, precision, world_size)
     least |= _weight_bytes(model, engine, element, accumulation, world_size, fused)
+    if engine.fp8 is not Fp8.none:
+        least[Category.casts] = _cast_bytes(model, element, tokens, accumulation)
+        least[Category.activations] += float(tokens * model.num_layers * sum(_activated(model)))
     if engine.sequence_parallel_size > 1:
         least[Category.communication] += exchanged_bytes(model, engine, element, tokens)
     return Work(tokens, per_token, flops, least)
@@ -74,6 +80,21 @@ def _activation_elements(model: ModelConfig) -> dict[Category, int]:
         Category.activations: sizes.num_layers * sizes.mlp_width * (8 if gated else 5),
         Category.loss: 2 * sizes.padded_vocab_size,
     }
+
+
+def _cast_bytes(model: ModelConfig, element: int, tokens: int, accumulation: int) -> float:
+    """Bytes that are read and written to have a step's operands in fp8, but for those that activations make."""
+    sizes, (mlp_width, hidden) = resolve_dimensions(model), _activated(model)
+    read = 2 * sizes.width + sizes.query_width  # what qkv, up and the projection are given
+    read += sizes.qkv_width + 2 * sizes.width  # the gradients that come back to qkv, the projection and down
+    weights = sizes.width * (sizes.qkv_width + sizes.query_width + hidden + mlp_width)
+    return float(sizes.num_layers * (element + 1) * (tokens * read + accumulation * 2 * weights))
+
+
+def _activated(model: ModelConfig) -> tuple[int, int]:
+    """Elements a token that the activation gives to down forward, and to up backward."""
+    mlp_width = resolve_dimensions(model).mlp_width
+    return mlp_width, mlp_width * (2 if model.activation is Activation.swiglu else 1)
 
 
 def _weight_bytes(

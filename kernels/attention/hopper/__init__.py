@@ -99,6 +99,9 @@ def backward(
     memo: dict[str, Any],
 ) -> None:
     """See ``kernels.attention.dispatch``."""
+    plan = memo.get("backward")
+    if plan is not None and plan.start_again(dout, q, k, v, out, lse, dlse, dq, dk, dv):
+        return
     if "empty" not in memo:
         memo["empty"] = 0 in q.shape or 0 in k.shape or params.max_seqlen_q == 0 or params.max_seqlen_k == 0
     if not memo["empty"]:

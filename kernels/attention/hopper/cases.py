@@ -51,8 +51,10 @@ def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, 
     """The forward kernel in one configuration."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
-    rows, keys = (_tile([*ones, n, width], dtype) for n in (64, tile.block_n))
-    types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "o_desc": rows}
+    types: dict[str, str] = {}
+    for part, columns in zip(("desc", "tail"), tuning.FORWARD_PIECES[width], strict=False):
+        rows, keys = (_tile([*ones, n, columns], dtype) for n in (64, tile.block_n))
+        types |= {f"q_{part}": rows, f"k_{part}": keys, f"v_{part}": keys, f"o_{part}": rows}
     types |= {"lse_ptr": "*fp32", "sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "scale_log2": "fp32"}
     types |= _integers("wl", "wr", "num_m", "num_tiles", "section", "Sq", "Sk", "num_heads", "group", "batch_heads")
     types |= _integers("lse_stride_b", "lse_stride_h")
@@ -69,10 +71,12 @@ def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, 
         "PINGPONG": tile.pingpong,
         "OVERLAP": tile.overlap,
         "AHEAD": tile.ahead,
+        "Q_TILES": tile.q_tiles,
         "TRIM": tile.trim,
         "NAMED": tile.named_kv,
     }
-    return source(forward_kernel, types, constants | ({} if varlen else {"cu_q": None, "cu_k": None}))
+    tails = {} if "q_tail" in types else dict.fromkeys(("q_tail", "k_tail", "v_tail", "o_tail"))
+    return source(forward_kernel, types, constants | tails | ({} if varlen else {"cu_q": None, "cu_k": None}))
 
 
 def backward_source(

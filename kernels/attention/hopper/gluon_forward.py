@@ -8,6 +8,10 @@ busy; warpgroups of 64 query rows take turns on the tensor cores, so that one do
 multiplies; within a warpgroup, S of block j+1 is multiplied while the softmax of block j is computed. CTAs
 stay resident and fetch tiles from a counter, longest first.
 
+A tensor of Gluon has powers of two for its sizes. A head dim of 192 is two pieces, 128 and 64 columns, each with a
+descriptor, buffers and an accumulator of O: S is the sum of a product for each piece, and P multiplies each piece of V.
+Every other head dim is one piece. ``descs`` and ``bufs`` are tuples of such tuples.
+
 Layout: q, o [B, H, Sq, D], k, v [B, Hk, Sk, D] through descriptors with the caller's strides (see tiles.py
 for varlen); bf16 or fp16 in and out, fp32 accumulation and statistics. LSE (natural log) [B, H, Sq] or [H,
 total]. c > 0.
@@ -45,6 +49,7 @@ from kernels.attention.hopper.tiles import (
 
 LN2 = gl.constexpr(0.6931471805599453)
 TURN = gl.constexpr(8)  # first named barrier of ours; warpgroup w waits for its turn at TURN + w
+PIECE = gl.constexpr(128)  # columns of the first piece of a head dim that has two
 PLACE = gl.constexpr(7)  # words of a slot: tile number, query block, sequence, head, first row, queries, keys
 
 
@@ -97,9 +102,19 @@ def release(empty, stage, NWG: gl.constexpr, FIRST: gl.constexpr):
 
 
 @gluon.jit
+def load_pieces(
+    descs, bufs, place, bar, b, h, row, start, length, ROWS: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr
+):
+    """Starts the copy of rows [row, row + ROWS) to buffer ``place``; ``bar`` counts its bytes."""
+    mbarrier.expect(bar, ROWS * D * 2)
+    for i in gl.static_range(len(descs)):
+        load_tile(descs[i], bar, bufs[i].index(place), b, h, row, start, length, VARLEN, i * PIECE)
+
+
+@gluon.jit
 def load_block(
-    desc, buf, full, empty, step, row, b, hk, start, length, STAGES: gl.constexpr, VARLEN: gl.constexpr,
-    NWG: gl.constexpr, FIRST: gl.constexpr,
+    descs, bufs, full, empty, step, row, b, hk, start, length, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    VARLEN: gl.constexpr, NWG: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """Waits until block ``step`` of a ring has its buffer free (see ``release``), and starts the copy of rows
     [row, ...) to it."""
@@ -109,8 +124,7 @@ def load_block(
             ring_barrier_sync(FIRST + stage, NWG * 128 + 32)
     else:
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
-    load_tile(desc, full.index(stage), buf.index(stage), b, hk, row, start, length, VARLEN)
+    load_pieces(descs, bufs, stage, full.index(stage), b, hk, row, start, length, BN, D, VARLEN)
 
 
 @gluon.jit
@@ -140,18 +154,18 @@ def read_word(slot, n, WORD: gl.constexpr):
 @gluon.jit
 def forward_producer(
     descs, bufs, bars, ptrs, sizes, window,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NWG: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, AHEAD: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NWG: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, AHEAD: gl.constexpr, Q_TILES: gl.constexpr,
     FIRST_K: gl.constexpr, FIRST_V: gl.constexpr,
 ):  # fmt: skip
     """One warp: fetches tile numbers, and copies Q (per warpgroup), K and V (rings of STAGES blocks) to
     shared memory.
 
     V follows K one block behind, because the consumers multiply S of the next block before they use V of this
-    one. AHEAD: it works up to two tiles ahead, with two buffers for Q, and tells the consumers where a tile lies.
+    one. AHEAD: it works up to two tiles ahead, if Q_TILES allows, and tells the consumers where a tile lies.
     """
-    q_desc, k_desc, v_desc, _ = descs
-    q_buf, k_buf, v_buf, _, slot = bufs
+    q_descs, k_descs, v_descs, _ = descs
+    q_bufs, k_bufs, v_bufs, _, slot = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
     sched, cu_q, cu_k, _ = ptrs
     num_m, num_tiles, section, Sq0, Sk0, num_heads, group, batch_heads, _, _ = sizes
@@ -173,42 +187,29 @@ def forward_producer(
             write_place(slot, bars, n, t, mb, b, h, start_q, Sq, Sk, VARLEN)
         # K first: its buffer was free a block ago, Q's is not before the last S of the tile before.
         load_block(
-            k_desc, k_buf, k_full, k_empty, step_k, (hi - 1) * BN, b, hk, start_k, Sk, STAGES, VARLEN, NWG, FIRST_K
-        )
+            k_descs, k_bufs, k_full, k_empty, step_k, (hi - 1) * BN, b, hk, start_k, Sk, BN, D, STAGES, VARLEN, NWG,
+            FIRST_K,
+        )  # fmt: skip
         step_k += 1
         for w in gl.static_range(NWG):
-            if AHEAD:
-                place = n % 2 * NWG + w
-                mbarrier.wait(q_empty.index(place), ((n // 2) & 1) ^ 1)
-            else:
-                place = w
-                mbarrier.wait(q_empty.index(w), (n & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            load_tile(q_desc, q_full.index(place), q_buf.index(place), b, h, mb * BM + w * 64, start_q, Sq, VARLEN)
+            place = n % Q_TILES * NWG + w
+            mbarrier.wait(q_empty.index(place), ((n // Q_TILES) & 1) ^ 1)
+            load_pieces(q_descs, q_bufs, place, q_full.index(place), b, h, mb * BM + w * 64, start_q, Sq, 64, D, VARLEN)
         for i in range(1, hi - lo):
             load_block(
-                k_desc,
-                k_buf,
-                k_full,
-                k_empty,
-                step_k,
-                (hi - 1 - i) * BN,
-                b,
-                hk,
-                start_k,
-                Sk,
-                STAGES,
-                VARLEN,
-                NWG,
-                FIRST_K,
-            )
+                k_descs, k_bufs, k_full, k_empty, step_k, (hi - 1 - i) * BN, b, hk, start_k, Sk, BN, D, STAGES, VARLEN,
+                NWG, FIRST_K,
+            )  # fmt: skip
             load_block(
-                v_desc, v_buf, v_full, v_empty, step_v, (hi - i) * BN, b, hk, start_k, Sk, STAGES, VARLEN, NWG, FIRST_V
-            )
+                v_descs, v_bufs, v_full, v_empty, step_v, (hi - i) * BN, b, hk, start_k, Sk, BN, D, STAGES, VARLEN,
+                NWG, FIRST_V,
+            )  # fmt: skip
             step_k += 1
             step_v += 1
         fetched = gl.atomic_add(sched, 1)  # it travels while the last V waits for its buffer
-        load_block(v_desc, v_buf, v_full, v_empty, step_v, lo * BN, b, hk, start_k, Sk, STAGES, VARLEN, NWG, FIRST_V)
+        load_block(
+            v_descs, v_bufs, v_full, v_empty, step_v, lo * BN, b, hk, start_k, Sk, BN, D, STAGES, VARLEN, NWG, FIRST_V
+        )
         step_v += 1
         if not VARLEN:
             # Each CTA fetches until it is told a number past the end, num_tiles fetches in all: the last one
@@ -248,19 +249,19 @@ def finish_statistics(m, total, lse_row, row0, Sq, scale_log2, ROWS: gl.constexp
 
 
 @gluon.jit
-def make_barriers(NWG: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr):
+def make_barriers(NWG: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, Q_TILES: gl.constexpr):
     """(full, empty) pairs for Q, K, V and the tile number. Full: one producer. Empty: every warpgroup that read it."""
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     TILES: gl.constexpr = 2 if AHEAD else 1
-    q_full = gl.allocate_shared_memory(gl.int64, [TILES * NWG, 1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [TILES * NWG, 1], BAR)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_TILES * NWG, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_TILES * NWG, 1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     slot_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], BAR)
     slot_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], BAR)
-    for i in gl.static_range(TILES * NWG):
+    for i in gl.static_range(Q_TILES * NWG):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -296,27 +297,110 @@ def pass_blocks(
 
 
 @gluon.jit
+def allocate_pieces(descs, COUNT: gl.constexpr):
+    """COUNT buffers for blocks of each descriptor."""
+    bufs = ()
+    for i in gl.static_range(len(descs)):
+        buf = gl.allocate_shared_memory(descs[i].dtype, [COUNT] + descs[i].block_type.shape, descs[i].layout)
+        bufs = bufs + (buf,)  # type: ignore[assignment]
+    return bufs
+
+
+@gluon.jit
+def matrix(buf, place, ROWS: gl.constexpr):
+    """Buffer ``place`` of several as a matrix of ROWS rows."""
+    return buf.index(place).reshape((ROWS, buf.shape[len(buf.shape) - 1]))
+
+
+@gluon.jit
+def zero_output(COLS: gl.constexpr):
+    """fp32 [64, COLS] for sums of products."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    return gl.zeros((64, COLS), gl.float32, LAYOUT)
+
+
+@gluon.jit
+def zero_outputs(bufs):
+    """O's pieces before the first block."""
+    o = ()
+    for i in gl.static_range(len(bufs)):
+        o = o + (zero_output(bufs[i].shape[len(bufs[i].shape) - 1]),)
+    return o
+
+
+@gluon.jit
+def multiply_scores(q_bufs, place, k_bufs, stage, zero, BN: gl.constexpr):
+    """Starts S = Q Kᵀ, a product for each piece."""
+    s = warpgroup_mma(
+        matrix(q_bufs[0], place, 64), matrix(k_bufs[0], stage, BN).permute((1, 0)), zero, use_acc=False, is_async=True
+    )
+    for i in gl.static_range(1, len(q_bufs)):
+        q = matrix(q_bufs[i], place, 64)
+        s = warpgroup_mma(q, matrix(k_bufs[i], stage, BN).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def multiply_values(w, v_bufs, stage, o, BN: gl.constexpr, DTYPE: gl.constexpr):
+    """Starts O + P V of a block, a product for each piece. ``w``: P as pack16 gives it."""
+    o_next = ()
+    for i in gl.static_range(len(o)):
+        p = unpack16(w, BN, gl.DotOperandLayout(0, o[i].type.layout, 2), DTYPE)
+        product = warpgroup_mma(p, matrix(v_bufs[i], stage, BN), o[i], is_async=True)
+        o_next = o_next + (product,)  # type: ignore[assignment]
+    return o_next
+
+
+@gluon.jit
+def all_of(products):
+    """Waits for every product under way and returns these."""
+    done = warpgroup_mma_wait(0, deps=products)
+    if len(products) == 1:
+        return (done,)
+    else:
+        return done
+
+
+@gluon.jit
+def scale_rows(o, factor):
+    """O's pieces times a factor for each row."""
+    scaled = ()
+    for i in gl.static_range(len(o)):
+        rows = gl.convert_layout(factor, gl.SliceLayout(1, o[i].type.layout))
+        scaled = scaled + (o[i] * gl.expand_dims(rows, 1),)
+    return scaled
+
+
+@gluon.jit
+def store_pieces(bufs, place, o, scale, DTYPE: gl.constexpr):
+    """O's pieces times ``scale``, which is 0 for a row that saw no key, to shared memory."""
+    for i in gl.static_range(len(o)):
+        factor = gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, o[i].type.layout)), 1)
+        x = gl.where(factor == 0.0, 0.0, o[i] * factor)  # 0 even where V holds inf or NaN
+        matrix(bufs[i], place, 64).store(x.to(DTYPE))
+
+
+@gluon.jit
 def forward_consumer(
     descs, bufs, bars, ptrs, sizes, window, scale_log2,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WG: gl.constexpr, NWG: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WG: gl.constexpr, NWG: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, OWN_O: gl.constexpr, PINGPONG: gl.constexpr,
-    OVERLAP: gl.constexpr, AHEAD: gl.constexpr, TRIM: gl.constexpr, FIRST_K: gl.constexpr, FIRST_V: gl.constexpr,
+    OVERLAP: gl.constexpr, AHEAD: gl.constexpr, Q_TILES: gl.constexpr, TRIM: gl.constexpr, FIRST_K: gl.constexpr,
+    FIRST_V: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WG: 64 query rows of each tile, key blocks from right to left. TRIM: without those that only other rows
     of the tile see. OVERLAP: softmax runs beside P V of the block before, for which P has to be kept.
     """
-    o_desc = descs[3]
-    q_buf, k_buf, v_buf, o_buf, slot = bufs
+    o_descs = descs[3]
+    q_bufs, k_bufs, v_bufs, o_bufs, slot = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
     sched, cu_q, cu_k, lse_ptr = ptrs
     num_m, num_tiles, section, Sq0, Sk0, num_heads, _, batch_heads, lse_stride_b, lse_stride_h = sizes
     wl, wr = window
-    DTYPE: gl.constexpr = o_desc.dtype
+    DTYPE: gl.constexpr = o_descs[0].dtype
+    PIECES: gl.constexpr = len(o_descs)
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])  # S [64, BN]
-    OL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # O [64, D]
-    PL: gl.constexpr = gl.DotOperandLayout(0, OL, 2)
     ROW_S: gl.constexpr = gl.SliceLayout(1, SL)
-    ROW_O: gl.constexpr = gl.SliceLayout(1, OL)
     SLOT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     MINE: gl.constexpr = TURN + WG
     NEXT: gl.constexpr = TURN + (WG + 1) % NWG
@@ -325,9 +409,6 @@ def forward_consumer(
     if VARLEN:
         num_tiles = gl.load(sched + 1) * num_heads
     zero = gl.zeros((64, BN), gl.float32, SL)
-    q = q_buf.index(WG).reshape((64, D))
-    o_tile = o_buf.index(WG)
-    q_place = WG
     t = gl.program_id(0)
     step = 0
     n = 0
@@ -346,16 +427,17 @@ def forward_consumer(
             else:
                 start_q, Sq, Sk = 0, Sq0, Sk0
             mbarrier.arrive(slot_empty.index(n % 2), count=1)
-            q_place = n % 2 * NWG + WG
-            q = q_buf.index(q_place).reshape((64, D))
-            if not OWN_O:
-                o_tile = o_buf.index(q_place)
         else:
             mb, b, h = decode_tile(t, sched, num_m, num_heads, batch_heads, section, VARLEN, RIGHT)
             start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
             _, Sk = sequence(b, cu_k, Sk0, VARLEN)
         lo, hi = visible_keys(mb * BM, BM, Sq, Sk, wl, wr, BN, LEFT, RIGHT)
         row0 = mb * BM + WG * 64
+        q_place = n % Q_TILES * NWG + WG
+        if OWN_O:
+            o_place = WG
+        else:
+            o_place = q_place
         first = lo
         if TRIM:
             last_block = hi
@@ -365,20 +447,16 @@ def forward_consumer(
             if row0 >= Sq:
                 hi = lo + 1  # a block, as every tile of a warpgroup has: nobody stores these rows
             step = pass_blocks(step, last_block - hi, bars, STAGES, WG, NWG, PINGPONG, FIRST_K, FIRST_V)
-        o = gl.zeros((64, D), gl.float32, OL)
+        o = zero_outputs(o_bufs)
         m = gl.full((64,), float("-inf"), gl.float32, ROW_S)
         total = gl.zeros((64,), gl.float32, ROW_S)
         # First block: S alone.
-        if AHEAD:
-            mbarrier.wait(q_full.index(q_place), (n // 2) & 1)
-        else:
-            mbarrier.wait(q_full.index(WG), n & 1)
+        mbarrier.wait(q_full.index(q_place), (n // Q_TILES) & 1)
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         if PINGPONG:
             named_barrier_sync(MINE, 256)
-        k = k_buf.index(stage).reshape((BN, D)).permute((1, 0))
-        s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+        s = multiply_scores(q_bufs, q_place, k_bufs, stage, zero, BN)
         if PINGPONG:
             named_barrier_arrive(NEXT, 256)
         s = warpgroup_mma_wait(0, deps=(s,))
@@ -392,24 +470,21 @@ def forward_consumer(
             last_phase = (step // STAGES) & 1
             if not OVERLAP:
                 mbarrier.wait(v_full.index(last), last_phase)
-                v = v_buf.index(last).reshape((BN, D))
-                o = warpgroup_mma_wait(0, deps=(warpgroup_mma(unpack16(w, BN, PL, DTYPE), v, o, is_async=True),))
+                o = all_of(multiply_values(w, v_bufs, last, o, BN, DTYPE))
                 release(v_empty, last, NWG, FIRST_V)
             step += 1
             stage = step % STAGES
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
             if PINGPONG:
                 named_barrier_sync(MINE, 256)
-            k = k_buf.index(stage).reshape((BN, D)).permute((1, 0))
-            s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+            s = multiply_scores(q_bufs, q_place, k_bufs, stage, zero, BN)
             if OVERLAP:
                 mbarrier.wait(v_full.index(last), last_phase)
-                v = v_buf.index(last).reshape((BN, D))
-                o_next = warpgroup_mma(unpack16(w, BN, PL, DTYPE), v, o, is_async=True)
+                o_next = multiply_values(w, v_bufs, last, o, BN, DTYPE)
             if PINGPONG:
                 named_barrier_arrive(NEXT, 256)
             if OVERLAP:
-                s = warpgroup_mma_wait(1, deps=(s,))
+                s = warpgroup_mma_wait(PIECES, deps=(s,))
             else:
                 s = warpgroup_mma_wait(0, deps=(s,))
             release(k_empty, stage, NWG, FIRST_K)
@@ -418,31 +493,31 @@ def forward_consumer(
             if OVERLAP:
                 # p waits too: packed any earlier, it would land in registers the product still reads, and ptxas
                 # would serialise every product of the loop (C7513).
-                o, p = warpgroup_mma_wait(0, deps=(o_next, p))
+                done = warpgroup_mma_wait(0, deps=o_next + (p,))
+                o = done[:PIECES]
+                p = done[PIECES]
                 release(v_empty, last, NWG, FIRST_V)
             w = pack16(p, BN, DTYPE)
-            o = o * gl.expand_dims(gl.convert_layout(alpha, ROW_O), 1)
+            o = scale_rows(o, alpha)
         # Last P V, statistics, store.
         last = step % STAGES
         if OWN_O:
             mbarrier.arrive(q_empty.index(q_place), count=1)  # the next tile's Q may come during the epilogue
         mbarrier.wait(v_full.index(last), (step // STAGES) & 1)
-        v = v_buf.index(last).reshape((BN, D))
-        o_next = warpgroup_mma(unpack16(w, BN, PL, DTYPE), v, o, is_async=True)
+        o_next = multiply_values(w, v_bufs, last, o, BN, DTYPE)
         step += 1
         lse_row = lse_ptr + b.to(gl.int64) * lse_stride_b + h.to(gl.int64) * lse_stride_h + start_q
-        scale = gl.convert_layout(finish_statistics(m, total, lse_row, row0, Sq, scale_log2, ROW_S), ROW_O)
-        o = warpgroup_mma_wait(0, deps=(o_next,))
+        scale = finish_statistics(m, total, lse_row, row0, Sq, scale_log2, ROW_S)
+        o = all_of(o_next)
         release(v_empty, last, NWG, FIRST_V)
-        scale = gl.expand_dims(scale, 1)
-        o = gl.where(scale == 0.0, 0.0, o * scale)  # 0 even where V holds inf or NaN
         if OWN_O:
             tma.store_wait(0)  # the previous tile's O has left the buffer
             partition_barrier()
-        o_tile.reshape((64, D)).store(o.to(DTYPE))
+        store_pieces(o_bufs, o_place, o, scale, DTYPE)
         fence_async_shared()
         partition_barrier()
-        store_tile(o_desc, o_tile, b, h, row0, start_q, Sq, VARLEN)
+        for i in gl.static_range(PIECES):
+            store_tile(o_descs[i], o_bufs[i].index(o_place), b, h, row0, start_q, Sq, VARLEN, i * PIECE)
         if not OWN_O:
             tma.store_wait(0)  # O lies in Q's buffer: only now may the producer overwrite it
             mbarrier.arrive(q_empty.index(q_place), count=1)
@@ -469,7 +544,8 @@ def forward_consumer(
     ]
 )  # fmt: skip
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc,  # tiles [1, 1, rows, D], varlen [1, 1, 1, rows, D]; 64 or BN rows
+    q_desc, k_desc, v_desc, o_desc,  # tiles [1, 1, rows, D], varlen [1, 1, 1, rows, D]; 64 or BN rows; D = 192: 128
+    q_tail, k_tail, v_tail, o_tail,  # D = 192: as above, tiles of 64 columns; otherwise None
     lse_ptr,  # fp32 [B, H, Sq] or [H, total]
     sched,  # int32: a counter, 0 on entry; varlen also the number of query blocks, their (sequence, block)
     cu_q, cu_k,  # int32 [B + 1]; varlen only
@@ -479,31 +555,29 @@ def forward_kernel(
     scale_log2,  # softmax scale * log2(e) > 0
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, OWN_O: gl.constexpr, PINGPONG: gl.constexpr,
-    OVERLAP: gl.constexpr, AHEAD: gl.constexpr, TRIM: gl.constexpr, NAMED: gl.constexpr,
+    OVERLAP: gl.constexpr, AHEAD: gl.constexpr, Q_TILES: gl.constexpr, TRIM: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Launch with num_warps=4 and no more CTAs than are resident at a time. BM = 64 rows per consumer warpgroup (2 or 3
-    of them). NAMED: K and V are released through named barriers.
+    of them). Q_TILES: tiles whose Q has a buffer. NAMED: K and V are released through named barriers.
     """
     NWG: gl.constexpr = BM // 64
-    DTYPE: gl.constexpr = q_desc.dtype
-    ONE: gl.constexpr = [1, 1, 1] if VARLEN else [1, 1]
-    TILES: gl.constexpr = 2 if AHEAD else 1
     FIRST_K: gl.constexpr = (8 + NWG if PINGPONG else 8) if NAMED else 0
     FIRST_V: gl.constexpr = FIRST_K + STAGES if NAMED else 0
-    q_buf = gl.allocate_shared_memory(DTYPE, [TILES * NWG] + ONE + [64, D], q_desc.layout)
-    k_buf = gl.allocate_shared_memory(DTYPE, [STAGES] + ONE + [BN, D], k_desc.layout)
-    v_buf = gl.allocate_shared_memory(DTYPE, [STAGES] + ONE + [BN, D], v_desc.layout)
+    one = ((q_desc,), (k_desc,), (v_desc,), (o_desc,))
+    descs = one if q_tail is None else ((q_desc, q_tail), (k_desc, k_tail), (v_desc, v_tail), (o_desc, o_tail))
+    q_bufs = allocate_pieces(descs[0], Q_TILES * NWG)
+    k_bufs = allocate_pieces(descs[1], STAGES)
+    v_bufs = allocate_pieces(descs[2], STAGES)
     if OWN_O:
-        o_buf = gl.allocate_shared_memory(DTYPE, [NWG] + ONE + [64, D], o_desc.layout)
+        o_bufs = allocate_pieces(descs[3], NWG)
     else:
-        o_buf = q_buf
+        o_bufs = q_bufs
     if AHEAD:
         slot = gl.allocate_shared_memory(gl.int32, [2 * PLACE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     else:
         slot = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bars = make_barriers(NWG, STAGES, AHEAD)
-    descs = (q_desc, k_desc, v_desc, o_desc)
-    bufs = (q_buf, k_buf, v_buf, o_buf, slot)
+    bars = make_barriers(NWG, STAGES, AHEAD, Q_TILES)
+    bufs = (q_bufs, k_bufs, v_bufs, o_bufs, slot)
     ptrs = (sched, cu_q, cu_k, lse_ptr)
     sizes = (num_m, num_tiles, section, Sq, Sk, num_heads, group, batch_heads, lse_stride_b, lse_stride_h)
     window = (wl, wr)
@@ -511,21 +585,21 @@ def forward_kernel(
     # them.
     if NWG == 2:
         gl.warp_specialize([
-            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, D, STAGES, 0, NWG,
-                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, TRIM, FIRST_K, FIRST_V)),
-            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, D, STAGES, 1, NWG,
-                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, TRIM, FIRST_K, FIRST_V)),
-            (forward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, NWG, VARLEN, LEFT, RIGHT, AHEAD,
-                                FIRST_K, FIRST_V)),
+            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, STAGES, 0, NWG,
+                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, Q_TILES, TRIM, FIRST_K, FIRST_V)),
+            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, STAGES, 1, NWG,
+                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, Q_TILES, TRIM, FIRST_K, FIRST_V)),
+            (forward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, STAGES, NWG, VARLEN, LEFT, RIGHT,
+                                AHEAD, Q_TILES, FIRST_K, FIRST_V)),
         ], [4, 1], [CONSUMER_REGS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, D, STAGES, 0, NWG,
-                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, TRIM, FIRST_K, FIRST_V)),
-            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, D, STAGES, 1, NWG,
-                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, TRIM, FIRST_K, FIRST_V)),
-            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, D, STAGES, 2, NWG,
-                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, TRIM, FIRST_K, FIRST_V)),
-            (forward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, NWG, VARLEN, LEFT, RIGHT, AHEAD,
-                                FIRST_K, FIRST_V)),
+            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, STAGES, 0, NWG,
+                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, Q_TILES, TRIM, FIRST_K, FIRST_V)),
+            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, STAGES, 1, NWG,
+                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, Q_TILES, TRIM, FIRST_K, FIRST_V)),
+            (forward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, STAGES, 2, NWG,
+                                VARLEN, LEFT, RIGHT, OWN_O, PINGPONG, OVERLAP, AHEAD, Q_TILES, TRIM, FIRST_K, FIRST_V)),
+            (forward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, STAGES, NWG, VARLEN, LEFT, RIGHT,
+                                AHEAD, Q_TILES, FIRST_K, FIRST_V)),
         ], [4, 4, 1], [CONSUMER_REGS, CONSUMER_REGS, 32])  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from kernels.attention.hopper.elementwise import backward_postprocess, backward_
 from kernels.attention.hopper.gluon_backward import backward_kernel
 from kernels.attention.hopper.gluon_backward_wide import backward_wide_kernel
 from kernels.attention.hopper.gluon_forward import forward_kernel
-from kernels.attention.relaunch import Launch
+from kernels.attention.memory import uninitialised
+from kernels.attention.relaunch import Chain, Launch
 
 RAGGED_ROWS = 2**30
 RAGGED_STRIDE = 2**34
@@ -45,14 +47,15 @@ class Call:
     num_heads_k: int
     head_dim: int
     width: int
-    """Head dim padded to the tile's."""
+    """Head dim padded to that of the direction's tile."""
     total_q: int
     """Varlen: rows of q. Dense: Sq."""
     total_k: int
     varlen: bool
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, params: AttnParams, extras: AttnExtras) -> Call:
+    def of(q: Tensor, k: Tensor, params: AttnParams, extras: AttnExtras, tiles: Iterable[int]) -> Call:
+        """``tiles``: tuning.FORWARD or BACKWARD."""
         cu = extras.cu_seqlens_q
         return Call(
             batch=q.shape[0] if cu is None else cu.shape[0] - 1,
@@ -61,7 +64,7 @@ class Call:
             num_heads=q.shape[-2],
             num_heads_k=k.shape[-2],
             head_dim=q.shape[-1],
-            width=tuning.padded_head_dim(q.shape[-1]),
+            width=tuning.padded_head_dim(q.shape[-1], tiles),
             total_q=q.shape[-3],
             total_k=k.shape[-3],
             varlen=cu is not None,
@@ -172,6 +175,8 @@ class ForwardPlan:
 
     zero: bool
     """Whether rows of out and LSE are in no tile: 0 and -inf there."""
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
     copies: tuple[bool, ...] | None
@@ -180,13 +185,15 @@ class ForwardPlan:
     """Upper bound of the query blocks of all sequences."""
     tiles: Launch | None
     """Lists the query blocks; varlen only."""
+    pieces: int
+    """Tensors that the head dim is split into: the kernel has as many descriptors of each of q, k, v and out."""
     launch: Launch | None
     """None: there is no query or no key."""
 
     def results(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for out and LSE, which the kernel is to fill."""
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty_strided(self.lse_shape, self.lse_strides, dtype=torch.float32, device=q.device)
+        out = uninitialised(self.out_shape, self.out_strides, q.dtype, q)
+        lse = uninitialised(self.lse_shape, self.lse_strides, torch.float32, q)
         return (out.zero_(), lse.fill_(float("-inf"))) if self.zero else (out, lse)
 
 
@@ -206,7 +213,7 @@ def launch_forward(
         sched = _list_tiles(plan.tiles, extras.cu_seqlens_q, plan.bound)
     else:
         sched = _tile_counter(q.device)
-    plan.launch(q, k, v, out, lse, sched, extras.cu_seqlens_q, extras.cu_seqlens_k)
+    plan.launch(*(q, k, v, out) * plan.pieces, lse, sched, extras.cu_seqlens_q, extras.cu_seqlens_k)
     return out, lse
 
 
@@ -223,7 +230,7 @@ def _addressable_copies(tensors: tuple[Tensor, ...], copies: tuple[bool, ...] | 
 
 
 def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: AttnExtras) -> ForwardPlan:
-    call = Call.of(q, k, params, extras)
+    call = Call.of(q, k, params, extras, tuning.FORWARD)
     copies = _which_to_copy(q, k, v)
     shape = (call.num_heads, call.total_q) if call.varlen else (call.batch, call.num_heads, call.total_q)
     out = torch.empty(q.shape, dtype=q.dtype, device="meta")
@@ -238,7 +245,22 @@ def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: A
         q, k, v = _addressable_copies((q, k, v), copies)
         launch = _plan_forward_launch(call, tile, bound, q, k, v, out, lse, params, extras)
     zero = call.varlen or launch is None
-    return ForwardPlan(zero, shape, lse.stride(), copies, bound, tiles, launch)
+    pieces = len(tuning.FORWARD_PIECES[call.width])
+    return ForwardPlan(zero, tuple(out.shape), out.stride(), shape, lse.stride(), copies, bound, tiles, pieces, launch)
+
+
+def _describe_pieces(
+    call: Call, tile: tuning.ForwardTile, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> dict[str, TensorDescriptor | None]:
+    """Arguments {q, k, v, o}_desc, and _tail for the second piece of the head dim."""
+    first, *rest = tuning.FORWARD_PIECES[call.width]
+    parts = {"desc": first, "tail": rest[0] if rest else None}
+    tensors = {"q": (q, 64), "k": (k, tile.block_n), "v": (v, tile.block_n), "o": (out, 64)}
+    return {
+        f"{name}_{part}": None if columns is None else describe_tensor(tensor, rows, columns, call.varlen)
+        for part, columns in parts.items()
+        for name, (tensor, rows) in tensors.items()
+    }
 
 
 def _plan_forward_launch(
@@ -249,10 +271,7 @@ def _plan_forward_launch(
     group = call.num_heads // call.num_heads_k
     right = params.window_right >= 0
     arguments = {
-        "q_desc": describe_tensor(q, 64, call.width, call.varlen),
-        "k_desc": describe_tensor(k, tile.block_n, call.width, call.varlen),
-        "v_desc": describe_tensor(v, tile.block_n, call.width, call.varlen),
-        "o_desc": describe_tensor(out, 64, call.width, call.varlen),
+        **_describe_pieces(call, tile, q, k, v, out),
         "lse_ptr": lse,
         "sched": torch.empty(0, dtype=torch.int32, device=q.device),
         "cu_q": extras.cu_seqlens_q,
@@ -261,13 +280,16 @@ def _plan_forward_launch(
         "wr": params.window_right,
         "num_m": triton.cdiv(call.seqlen_q, tile.block_m),
         "num_tiles": num_tiles,
-        "section": tuning.section_heads(
-            tuning.FORWARD_L2_BUDGET_BYTES,
-            4 * call.seqlen_k * call.width // group,
-            call.batch * call.num_heads,
-            triton.cdiv(call.seqlen_q, tile.block_m),
-            tile.ctas * _num_sms(q.device),
-            group,
+        "section": _section(
+            params,
+            budget_bytes=tuning.FORWARD_L2_BUDGET_BYTES,
+            row_bytes=4 * call.width,
+            seqlen=call.seqlen_k,
+            num_heads=call.batch * call.num_heads,
+            blocks_per_head=triton.cdiv(call.seqlen_q, tile.block_m),
+            block=tile.block_m,
+            in_flight=tile.ctas * _num_sms(q.device),
+            multiple=group,
         ),
         "Sq": call.seqlen_q,
         "Sk": call.seqlen_k,
@@ -289,11 +311,27 @@ def _plan_forward_launch(
         "PINGPONG": tile.pingpong,
         "OVERLAP": tile.overlap,
         "AHEAD": tile.ahead,
+        "Q_TILES": tile.q_tiles,
         "TRIM": tile.trim,
         "NAMED": tile.named_kv,
     }
     num_programs = min(tile.ctas * _num_sms(q.device), num_tiles)
     return Launch(forward_kernel, num_programs, arguments, num_warps=4, enable_fp_fusion=True, **tile.options())
+
+
+def _section(
+    params: AttnParams, *, budget_bytes: int, row_bytes: int, seqlen: int, num_heads: int, blocks_per_head: int,
+    block: int, in_flight: int, multiple: int = 1,
+) -> int:  # fmt: skip
+    """Heads per section, where ``in_flight`` programs run, each a block of ``block`` rows that meets up to ``seqlen``
+    rows of ``row_bytes``, which ``multiple`` heads share."""
+    bytes_per_head = row_bytes * seqlen // multiple
+    section = tuning.section_heads(budget_bytes, bytes_per_head, num_heads, blocks_per_head, in_flight, multiple)
+    rows = tuning.keys_in_sight(seqlen, params.window_left, params.window_right) + block - 1
+    if rows >= seqlen:
+        return section
+    window = tuning.window_section_heads(budget_bytes, row_bytes, rows, num_heads, in_flight * block, multiple)
+    return max(section, window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +356,33 @@ class BackwardPlan:
     main: Launch
     postprocess: Launch | None
     """None: no dQ is wanted."""
+    chain: Chain | None
+    """The three kernels of a dense call that needs no copies."""
+    scratch_shape: tuple[int]
+    """Memory of the chain, in 4 bytes: LSE, delta, the sums and the turns, one behind the other."""
+
+    def start_again(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+                    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> bool:  # fmt: skip
+        """Start the chain as it was started before. False: there is none, or nothing was started."""
+        if self.chain is None:
+            return False
+        assert dq is not None
+        assert dk is not None
+        assert dv is not None
+        memory = uninitialised(self.scratch_shape, (1,), torch.float32, q)
+        row = 4 * self.columns
+        lse_log2 = memory.data_ptr()
+        delta, sums = lse_log2 + row, lse_log2 + 2 * row
+        turns = () if self.turn_shape is None else (sums + row * self.width,)
+        at_dout = dout.data_ptr()
+        statistics = (lse.data_ptr(),) if dlse is None else (lse.data_ptr(), dlse.data_ptr())
+        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), at_dout)
+        return self.chain.start(
+            q.get_device(),
+            (out.data_ptr(), at_dout, *statistics, lse_log2, delta, sums, *turns),
+            (*inputs, lse_log2, delta, sums, dk.data_ptr(), dv.data_ptr(), *turns),
+            (sums, *turns, dq.data_ptr()),
+        )
 
 
 def launch_backward(
@@ -361,7 +426,7 @@ def _plan_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, params: AttnParams, extras: AttnExtras,
 ) -> BackwardPlan:  # fmt: skip
-    call = Call.of(q, k, params, extras)
+    call = Call.of(q, k, params, extras, tuning.BACKWARD)
     copies = _which_to_copy(dout, q, k, v)
     dout, q, k, v = _addressable_copies((dout, q, k, v), copies)
     spare_k, spare_v = (t is None or not addressable(t) for t in (dk, dv))
@@ -371,13 +436,18 @@ def _plan_backward(
     columns = call.scratch_rows * call.padded
     scratch = _shaped(_scratch(columns, call.width, torch.device("meta")), call)
     tile = tuning.BACKWARD[call.width]
-    take_turns = params.deterministic or tile.stores_first(call.seqlen_k)
+    keys = tuning.keys_in_sight(call.seqlen_k, params.window_left, params.window_right)
+    take_turns = params.deterministic or tile.stores_first(keys)
     turn_shape = (call.scratch_rows, call.padded // tuning.SCRATCH_TILE) if take_turns else None
     turns = None if turn_shape is None else torch.empty(turn_shape, dtype=torch.int32, device="meta")
     block_n = tile.block_n
     bound = call.tiles("k", block_n)
     cu = extras.cu_seqlens_k
     tiles = None if cu is None else _plan_tile_list(cu, call, bound, block_n, descending=False)
+    preprocess = _plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras)
+    main = _plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras)
+    postprocess = None if dq is None else _plan_postprocess(call, scratch, turns, dq, params.softmax_scale, extras)
+    as_they_are = copies is None and not (spare_k or spare_v or call.varlen)
     return BackwardPlan(
         columns=columns,
         width=call.width,
@@ -385,10 +455,12 @@ def _plan_backward(
         copies=copies,
         spares=(spare_k, spare_v) if spare_k or spare_v else None,
         bound=bound,
-        preprocess=_plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras),
+        preprocess=preprocess,
         tiles=tiles,
-        main=_plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras),
-        postprocess=None if dq is None else _plan_postprocess(call, scratch, turns, dq, params.softmax_scale, extras),
+        main=main,
+        postprocess=postprocess,
+        chain=Chain(preprocess, main, postprocess) if as_they_are and postprocess is not None else None,
+        scratch_shape=(columns * (2 + call.width) + math.prod(turn_shape or (0,)),),
     )
 
 
@@ -495,12 +567,15 @@ def _plan_main(
         "wr": params.window_right,
         "num_n": triton.cdiv(call.seqlen_k, block_n),
         "num_tiles": num_tiles,
-        "section": tuning.section_heads(
-            tile.l2_budget_mib * 2**20,
-            8 * call.seqlen_q * call.width * group,
-            call.batch * call.num_heads_k,
-            triton.cdiv(call.seqlen_k, block_n),
-            _num_sms(q.device),
+        "section": _section(
+            params,
+            budget_bytes=tile.l2_budget_mib * 2**20,
+            row_bytes=8 * call.width * group,
+            seqlen=call.seqlen_q,
+            num_heads=call.batch * call.num_heads_k,
+            blocks_per_head=triton.cdiv(call.seqlen_k, block_n),
+            block=block_n,
+            in_flight=_num_sms(q.device),
         ),
         "Sq": call.seqlen_q,
         "Sk": call.seqlen_k,

@@ -22,23 +22,24 @@ sequences.
 
 
 @gluon.jit
-def load_tile(desc, bar, tile, b, h, row, start, length, VARLEN: gl.constexpr):
-    """Start the copy of rows [row, row + rows of ``tile``) of one head of one sequence; ``bar`` counts its
-    bytes.
+def load_tile(desc, bar, tile, b, h, row, start, length, VARLEN: gl.constexpr, COLUMN: gl.constexpr = 0):
+    """Start the copy of rows [row, row + rows of ``tile``) of one head of one sequence, from COLUMN on; ``bar``
+    counts its bytes.
     """
     if VARLEN:
-        tma_load(desc, [RAGGED_ROWS, start + length, h, RAGGED_ROWS - length + row, 0], bar, tile)
+        tma_load(desc, [RAGGED_ROWS, start + length, h, RAGGED_ROWS - length + row, COLUMN], bar, tile)
     else:
-        tma_load(desc, [b, h, row, 0], bar, tile)
+        tma_load(desc, [b, h, row, COLUMN], bar, tile)
 
 
 @gluon.jit
-def store_tile(desc, tile, b, h, row, start, length, VARLEN: gl.constexpr):
-    """Start the copy of ``tile`` to rows [row, ...) of one head of one sequence, cut at its end."""
+def store_tile(desc, tile, b, h, row, start, length, VARLEN: gl.constexpr, COLUMN: gl.constexpr = 0):
+    """Start the copy of ``tile`` to rows [row, ...) of one head of one sequence, from COLUMN on, cut at its
+    end."""
     if VARLEN:
-        tma_store(desc, [RAGGED_ROWS, start + length, h, RAGGED_ROWS - length + row, 0], tile)
+        tma_store(desc, [RAGGED_ROWS, start + length, h, RAGGED_ROWS - length + row, COLUMN], tile)
     else:
-        tma_store(desc, [b, h, row, 0], tile)
+        tma_store(desc, [b, h, row, COLUMN], tile)
 
 
 @gluon.jit

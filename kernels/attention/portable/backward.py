@@ -203,6 +203,15 @@ def attention_dkdv(
     first, full_first, full_last, last = query_blocks(
         col, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    if HAS_DROPOUT:  # noqa: SIM102 (a constexpr)
+        # Else LLVM may set the sums to zero between the test of an empty loop and the wait behind it, which serialises
+        # wgmma (C7515): where values that the mask generator uses are wanted after the loop too
+        if first >= last:
+            dk_base = head_base(DK, batch, head_k, start_k, stride_dkb, stride_dks, stride_dkh)
+            dv_base = head_base(DV, batch, head_k, start_k, stride_dvb, stride_dvs, stride_dvh)
+            store_tile(dk_base, col, seqlen_k, stride_dks, dk, BLOCK_N, HEAD_DIM, BLOCK_D)
+            store_tile(dv_base, col, seqlen_k, stride_dvs, dv, BLOCK_N, HEAD_DIM, BLOCK_D)
+            return
     for member in tl.range(0, GROUP):
         head = head_k * GROUP + member
         slope = 0.0
@@ -348,6 +357,11 @@ def attention_dq(
     first, full_first, full_last, last = key_blocks(
         row, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    if HAS_DROPOUT:  # noqa: SIM102 (a constexpr)
+        if first >= last:  # as in dK and dV
+            dq_base = head_base(DQ, batch, head, start_q, stride_dqb, stride_dqs, stride_dqh)
+            store_tile(dq_base, row, seqlen_q, stride_dqs, dq, BLOCK_M, HEAD_DIM, BLOCK_D)
+            return
     rows = (row + tl.arange(0, BLOCK_M))[:, None]
     for key_block in tl.range(first, last):  # one loop, and a branch around the mask, as in the forward
         col = key_block * BLOCK_N

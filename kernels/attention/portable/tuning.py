@@ -67,7 +67,7 @@ def choose_tile(
 
 # Columns: tile width (padded head dim) up to 32, 64, 128, 256. All entries stay below 99 KB of shared memory but for
 # sm_90 and sm_100 (227 KB). Chosen by compiling (`compile_cases` in shipped.py; triton 3.6 and 3.9, sm_80 and sm_90):
-# no wgmma is serialized but in the backward with dropout, and what spills is reloaded outside the loops unless a
+# no wgmma is serialized, and what spills is reloaded outside the loops unless a
 # comment says otherwise.
 HOPPER: dict[Kernel, tuple[Tile, ...]] = {
     # Three stages everywhere: Triton issues a block's loads at the end of an iteration and waits for them at the start

@@ -51,7 +51,7 @@ def shapes() -> Iterator[Check]:
 
 def rings() -> Iterator[Check]:
     """1, 2, 3, stages and stages + 1 key blocks; fewer and more tiles than SMs (132 on an H100 and an H200)."""
-    for head_dim, keys, (batch, heads) in itertools.product((64, 128), (1, 2, 3, 4, 5), ((1, 1), (4, 8), (9, 16))):
+    for head_dim, keys, (batch, heads) in itertools.product((64, 128, 192), (1, 2, 3, 4, 5), ((1, 1), (4, 8), (9, 16))):
         sizes = (256, 128 * keys, head_dim, heads, heads, batch)
         yield dense(Case(*sizes, dtype=BF16))
         yield dense(Case(*sizes, dtype=BF16, options=CAUSAL))
@@ -63,6 +63,8 @@ def windows() -> Iterator[Check]:
     for (left, right), (sq, sk) in itertools.product(pairs, ((300, 300), (513, 700), (700, 513))):
         yield dense(Case(sq, sk, 64, dtype=BF16, options={"window_size": (left, right)}))
     yield dense(Case(2000, 2000, 128, dtype=BF16, options={"window_size": (256, 0)}))
+    for head_dim in (64, 128):  # more keys than FIRST_STORES_KEYS, fewer of them in sight
+        yield dense(Case(6000, 6000, head_dim, 4, 2, dtype=BF16, options={"window_size": (1023, 0)}))
 
 
 def heads_and_widths() -> Iterator[Check]:
@@ -90,7 +92,8 @@ VARLEN_LENGTHS = ([100, 200, 300], [1, 0, 129, 512, 64], [1000] * 5 + [3] * 40, 
 
 
 def wide() -> Iterator[Check]:
-    """Head dims above 128, whose backward is a kernel of its own: shapes, widths, masks, groups, varlen."""
+    """Head dims above 128, whose backward is a kernel of its own, and up to 192, where the forward works in two pieces:
+    shapes, widths, masks, groups, varlen."""
     for (sq, sk), causal in itertools.product(SHAPES, (False, True)):
         heads = 2 if max(sq, sk) > 2048 else 4
         yield dense(Case(sq, sk, 256, heads, heads // 2, batch=2, dtype=BF16, options={"causal": causal}))
@@ -98,12 +101,13 @@ def wide() -> Iterator[Check]:
         yield dense(Case(700, 900, head_dim, 4, 2, dtype=BF16, options=CAUSAL))
         yield dense(Case(333, 444, head_dim, dtype=FP16))
     for window in ((0, 0), (1, 0), (62, 63), (63, 64), (64, 0), (65, 65), (500, 100)):
-        yield dense(Case(513, 700, 256, dtype=BF16, options={"window_size": window}))
+        for head_dim in (192, 256):
+            yield dense(Case(513, 700, head_dim, dtype=BF16, options={"window_size": window}))
     for heads_k in (1, 3, 6):
         yield dense(Case(500, 500, 256, 6, heads_k, batch=2, dtype=BF16, options=CAUSAL))
     yield dense(Case(400, 400, 256, dtype=BF16, magnitude=8.0, options=CAUSAL))
-    for lengths in VARLEN_LENGTHS:
-        case = Case(0, 0, 256, 4, 2, dtype=BF16, options=CAUSAL)
+    for lengths, head_dim in itertools.product(VARLEN_LENGTHS, (136, 192, 256)):
+        case = Case(0, 0, head_dim, 4, 2, dtype=BF16, options=CAUSAL)
         yield f"varlen {lengths} {case}", lambda lq=lengths, case=case: check_varlen(lq, lq, case, tail=37)
 
 
