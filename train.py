@@ -24,7 +24,7 @@ def main(config: RunConfig) -> int:
     with open_session(config) as session:  # processes, run folder, log, signals; rank 0's config on every rank
         with Trainer(session) as trainer:  # corpus, model, engine, checkpoint to go on from, metrics
             train(session, trainer)
-        return session.interrupts.exit_code
+        return trainer.exit_code
 
 
 def train(session: Session, trainer: Trainer) -> None:

@@ -118,6 +118,20 @@ class TokenLoader:
         samples = zip(self.dataset.names, self.order.samples(position), self.order.orders, strict=True)
         return {name: count / order.samples_per_epoch for name, count, order in samples}
 
+    def position_after(self, num_targets: int) -> int:
+        """Samples from the beginning that hold `num_targets` targets: where a run goes on whose samples were others.
+
+        Without packing exact, but for the part of a sample, which is read again. Rows are filled differently: with
+        packing they hold as many on average.
+        """
+        if self.packing is None:
+            return num_targets // self.sequence_length
+        weights = None
+        if isinstance(self.order, MixtureOrder):
+            rows = [order.samples_per_epoch for order in self.order.orders]
+            weights = np.repeat(np.divide(self.order.quotas, rows), rows)  # (rows of all,): those of a source are alike
+        return round(num_targets / float(np.average(self.packing.row_tokens, weights=weights)))
+
     def batches(self, start_sample: int = 0) -> Generator[GlobalBatch, None, None]:
         """Batches from the position `start_sample` on, over epoch after epoch.
 

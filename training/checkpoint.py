@@ -211,13 +211,20 @@ def commit(
 
 
 def agree(processes: Processes, action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank; all ranks' results, or on every rank the error of those that failed."""
-    result, problem = None, None
+    """Run `action` on every rank; all ranks' results, or on every rank the error of those that failed.
+
+    One that isn't of a disk is a defect, and goes on as it is where it happened; the others wait for no result.
+    """
+    result, problem, defect = None, None, None
     try:
         result = action()
     except OSError as error:
         problem = f"{error.strerror or error} ({error.filename})" if error.filename else str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait in the collective
+        problem, defect = f"{type(error).__name__}: {error}", error
     outcomes = processes.gather((result, problem))
+    if defect is not None:
+        raise defect
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
     if problems:
         raise CheckpointError("; ".join(problems))

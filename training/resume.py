@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from data import PreparedData
+from data import PreparedData, TokenLoader
 from training import checkpoint
 from training.console import Terminal, short_path
 from training.differences import Difference, compare_configs
@@ -17,6 +17,10 @@ from training.state import TrainState
 
 MAX_DIFFERENCES = 12
 """Differing keys that are listed one by one."""
+SAMPLE_KEYS = ("model.sequence_length", "data.packing")
+"""They say what a sample is: with others, so many samples are another place in the corpus."""
+DIVISION = "data.shard_tokens"
+"""Where the corpus is divided into shards, by which its hash goes."""
 
 
 def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
@@ -46,14 +50,20 @@ def on_restart(config: RunConfig, folder: RunFolder) -> RunConfig:
 
 
 def resume(
-    engine: Engine, config: RunConfig, folder: RunFolder, corpus: PreparedData, terminal: Terminal
+    engine: Engine,
+    config: RunConfig,
+    folder: RunFolder,
+    corpus: PreparedData,
+    loader: TokenLoader,
+    terminal: Terminal,
 ) -> TrainState:
     """Load what `resume` says into the engine; the state to go on with, a new one if there is nothing. Collective.
 
     A run that begins from another's checkpoint is one of its own in wandb.
 
     Tells whether the corpus is another one, which checkpoints were damaged, and which keys differ from those the
-    checkpoint was trained with. Raises `CheckpointError` or `UserError` if there is something but it can't be used.
+    checkpoint was trained with. Where samples are others than the checkpoint's, the position is that of `loader` after
+    as many tokens. Raises `CheckpointError` or `UserError` if there is something but it can't be used.
     """
     path = resume_path(config, folder)
     loaded = None if path is None else checkpoint.load(engine, path, tokenizer_hash=corpus.tokenizer_hash)
@@ -64,15 +74,51 @@ def resume(
     for message in loaded.messages:
         terminal.warn(message)
     terminal.say(f"Going on from {short_path(loaded.path)}, {loaded.state.step:,} steps done.")
-    if loaded.state.step > 0:  # a checkpoint of step 0 is an imported model, of which nothing has to stay
-        report_differences(compare_configs(loaded.manifest.config, config), terminal)
-    if loaded.state.corpus_hash not in (None, corpus.content_hash):
-        terminal.warn(
-            "the corpus differs from the one of the checkpoint: its position, "
-            f"{loaded.state.consumed_samples:,} samples, now means other text"
-        )
+    state = loaded.state
+    differences: list[Difference] = []
+    if state.step > 0:  # a checkpoint of step 0 is an imported model, of which nothing has to stay
+        differences = judged(compare_configs(loaded.manifest.config, config), corpus)
+    report_differences(differences, terminal)
+    if any(difference.key in SAMPLE_KEYS for difference in differences):
+        state = replace(state, consumed_samples=loader.position_after(state.tokens_seen))
+        report_position(loaded.state, state, config, terminal)
+    if state.corpus_hash not in (None, corpus.content_hash):
+        if only_divided(differences):
+            terminal.say("  the corpus is in other shards, so that its hash can't be compared with the checkpoint's")
+        else:
+            terminal.warn(
+                "the corpus differs from the one of the checkpoint: its position, "
+                f"{state.consumed_samples:,} samples, now means other text"
+            )
     own = folder.path.resolve() in loaded.path.resolve().parents
-    return replace(loaded.state, corpus_hash=corpus.content_hash, wandb_id=loaded.state.wandb_id if own else None)
+    return replace(state, corpus_hash=corpus.content_hash, wandb_id=state.wandb_id if own else None)
+
+
+def judged(differences: list[Difference], corpus: PreparedData) -> list[Difference]:
+    """The same differences; `data.shard_tokens` matters where a document doesn't fit into a shard, which cuts it."""
+
+    def look(difference: Difference) -> Difference:
+        if difference.key != DIVISION:
+            return difference
+        longest = max(int(split.document_lengths().max(initial=0)) for split in (corpus.train, corpus.validation))
+        return replace(difference, matters=longest >= min(difference.saved, difference.current))
+
+    return sorted(map(look, differences), key=lambda difference: not difference.matters)
+
+
+def only_divided(differences: list[Difference]) -> bool:
+    """Whether the corpus is the same text in other shards, as far as the config says."""
+    of_data = {difference.key: difference.matters for difference in differences if difference.key.startswith("data.")}
+    return DIVISION in of_data and not any(of_data.values())
+
+
+def report_position(saved: TrainState, now: TrainState, config: RunConfig, terminal: Terminal) -> None:
+    """Say where a run with other samples goes on."""
+    again = "; data.shuffle orders them anew: some text of this epoch comes again, some not at all"
+    terminal.warn(
+        f"the {saved.tokens_seen:,} tokens seen were {saved.consumed_samples:,} samples, and count as "
+        f"{now.consumed_samples:,} of the samples now{again if config.data.shuffle else ''}"
+    )
 
 
 def report_differences(differences: list[Difference], terminal: Terminal) -> None:

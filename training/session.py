@@ -41,6 +41,7 @@ class Session:
     folder: RunFolder
     terminal: Terminal
     interrupts: Interrupts
+    peers: Peers
 
 
 @contextmanager
@@ -65,9 +66,9 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         any_rank = processes.any if processes.world_size > 1 else None
         interrupts = stack.enter_context(Interrupts(any_rank, terminal.say, last=True))
         stack.enter_context(requeue_if_signalled(interrupts))
-        stack.enter_context(Peers(processes))
+        peers = stack.enter_context(Peers(processes))
         choose_arithmetic(config)
-        yield Session(config, processes, folder, terminal, interrupts)
+        yield Session(config, processes, folder, terminal, interrupts, peers)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def summarise(
         world_size=world_size,
         checkpoint=saved[0] if saved else None,
         wandb_note=wandb_note,
-        next_steps=next_steps(config, folder, bool(stopped_by)),
+        next_steps=next_steps(config, folder, bool(stopped_by), bool(saved)),
     )
 
 
@@ -63,8 +63,10 @@ def headline(config: RunConfig, state: TrainState, steps_done: int, seconds: flo
     return f"{steps_done:,} steps in {format_duration(seconds)}"
 
 
-def next_steps(config: RunConfig, folder: RunFolder, stopped: bool) -> Sequence[tuple[str, str]]:
+def next_steps(config: RunConfig, folder: RunFolder, stopped: bool, saved: bool) -> Sequence[tuple[str, str]]:
     """(what it does, command) pairs."""
+    if stopped and not saved:  # train.save_every=0
+        return []
     place = short_path(folder.path)
     this = (
         "python train.py"

@@ -98,6 +98,7 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.session.peers.ending()  # the others may be done with it long before, and must not be taken for lost
         if error is not None and not isinstance(error, KeyboardInterrupt):
             with suppress(Exception):  # the first error is the one to tell
                 if self.last is not None and self.last.is_here:
@@ -127,7 +128,7 @@ class Trainer:
         self.engine = build_engine(model, config, self.plan, processes)
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
-        self.state = resume(self.engine, config, session.folder, self.corpus, session.terminal)
+        self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
         if processes.is_main:
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
             self._keep_earlier_metrics()
@@ -492,7 +493,10 @@ class Trainer:
             self.saved_at = self.state.step
 
     def finish(self) -> None:
-        """Evaluate and save what the last step left undone; say where things are and what to run next."""
+        """Evaluate and save what the last step left undone; say where things are and what to run next.
+
+        Raises `UserError` where a signal asks for another start, which would have nothing to go on from.
+        """
         self.learn()
         train, state = self.config.train, self.state
         stopped = self.session.interrupts.poll()
@@ -507,9 +511,21 @@ class Trainer:
                 self._plot()
         self.meter.report()  # what the last log line didn't cover
         self.cleanup.close()
-        self.logger.finish()
+        lost = self.exit_code != 0 and not train.save_every
+        self.logger.finish(1 if lost else 0)
         if self.processes.is_main:
             print_summary(self.session.terminal, self._summary(stopped))
+        if lost:
+            raise UserError(
+                "SIGUSR1 asks for another start, and with train.save_every=0 nothing is saved: it would begin at step "
+                f"{self.first_step:,} again, and not after step {state.step:,} of {train.steps:,}. "
+                "Give a train.save_every above 0; a signal saves too then."
+            )
+
+    @property
+    def exit_code(self) -> int:
+        """After `finish`: 0, or `REQUEUE_EXIT_CODE` if a signal asks for another start and steps are left for it."""
+        return self.session.interrupts.exit_code if self.state.step < self.config.train.steps else 0
 
     def _summary(self, stopped: bool) -> RunSummary:
         return summarise(

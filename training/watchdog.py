@@ -10,7 +10,8 @@ Two things are watched, each by a thread:
   others would wait in their next collective until `engine.timeout_minutes`. An error on one rank travels the same way.
 
 Ranks that learn of a loss get `GRACE_S` to end by themselves, with the error of the collective they were in, then
-leave.
+leave. Those that have begun to end get `ENDING_S`: after an error on all ranks one is gone while another still waits
+for wandb.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from training.distributed import Processes
+from training.logging import FINISH_TIMEOUT_S
 
 LOG = logging.getLogger(__name__)
 HANG_EXIT_CODE: Final = 70
@@ -48,6 +50,8 @@ BACKSTOP_S: Final = 60.0
 """How much later than the watchdog `faulthandler` acts."""
 GRACE_S: Final = 15.0
 """Time for a rank to end by itself once another is lost."""
+ENDING_S: Final = FINISH_TIMEOUT_S + 30.0
+"""Time for a rank that ends by itself, uploads to wandb included."""
 CONNECT_S: Final = 30.0
 """Time for all ranks to reach rank 0 at the start."""
 
@@ -142,10 +146,16 @@ class Peers:
         self.processes = processes
         self.lost: Loss | None = None
         self.told = False
-        """Whether the loss has been told to the user."""
+        """Whether the user is told why this rank ends."""
+        self._ending_since_s: float | None = None
+        self._exit_code = LOST_EXIT_CODE
         self._news = threading.Event()
         self._lines: dict[int, _Line] = {}
         self._lock = threading.Lock()
+
+    def ending(self) -> None:
+        """This rank has begun to end by itself."""
+        self._ending_since_s = time.monotonic()
 
     def __enter__(self) -> Self:
         if self.processes.world_size > 1:
@@ -166,6 +176,9 @@ class Peers:
         if lost is not None:
             self.told = True
             raise RankLostError(str(lost)) from error
+        if isinstance(error, Exception):  # its own: should the process not come to its end, this is what ended it
+            self.told = True
+            self._exit_code = error.exit_code if isinstance(error, UserError) else 1
 
     def _connect(self) -> None:
         """A line from every rank to rank 0, which proves with a secret that it is one of ours."""
@@ -220,9 +233,11 @@ class Peers:
     def _leave_in_time(self, loss: Loss) -> None:
         """End a process that a collective holds."""
         time.sleep(GRACE_S * (1 if loss.reason == GONE else 3))  # what has failed on one rank is failing here too
+        if self._ending_since_s is not None:
+            time.sleep(max(self._ending_since_s + ENDING_S - time.monotonic(), 0.0))
         if not self.told:
             LOG.error(str(loss))
-        os._exit(LOST_EXIT_CODE)
+        os._exit(self._exit_code)
 
     def _say_goodbye(self, error: BaseException | None) -> None:
         """Tell the others how this rank ends, so that they don't take it for a crash."""

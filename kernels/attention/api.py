@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernels.attention import op as _op  # registers the operators
 
@@ -114,6 +115,16 @@ def _check(
     return int(window_size[0]), int(window_size[1])
 
 
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    """Forward-mode AD through operators without a formula for it: PyTorch looks only where an input requires a
+    gradient, and else drops the tangents."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "flash attention has no forward-mode derivative; use standard_attention (model.attention=standard) "
+            "where one is needed"
+        )
+
+
 def _run(
     name: str,
     packed: tuple[Tensor, ...],
@@ -130,6 +141,8 @@ def _run(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Check the arguments and call operator ``name``, or do at once what it came to for the same geometry before."""
     extras = (*(cu_seqlens or (None, None)), alibi_slopes)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents((*packed, alibi_slopes))
     key = call = None
     if not torch.compiler.is_dynamo_compiling():
         scalars = (*(max_seqlens or ()), dropout_p, softmax_scale, causal, *window_size, softcap, deterministic)

@@ -41,6 +41,16 @@ def test_shipped_experiments_are_all_there() -> None:
     assert {name for name in names if name.startswith("llama_")} >= {"llama_150m", "llama_7b"}
 
 
+def test_the_readmes_resume_is_one_that_its_config_makes() -> None:
+    """The run is long enough to be killed there, and has saved where it goes on."""
+    commands = re.findall(r"train\.py (.* run_dir=runs/big .*?) *# .*? ([\d,]+)\b", (ROOT / "README.md").read_text())
+    (first, killed), (again, saved) = ((given.split(), int(step.replace(",", ""))) for given, step in commands)
+    train = compose(first).train
+    assert train == compose(again).train
+    assert killed < train.steps
+    assert saved == killed // train.save_every * train.save_every
+
+
 def test_overrides_win_over_experiments() -> None:
     config = compose(["experiment=gpt2_124m", "model=llama", "data=stdlib", "train.steps=7", "engine=zero2"])
     assert config.model.position is schema.Position.rope

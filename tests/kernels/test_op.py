@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import kernels
 from kernels.attention.op import NAMESPACE
@@ -118,6 +119,24 @@ def test_second_derivative_is_refused() -> None:
     (dq,) = torch.autograd.grad(kernels.flash_attn_func(q, k, v).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*standard_attention"):
         dq.sum().backward()
+
+
+def test_forward_mode_derivative_is_refused() -> None:
+    """Whether or not the call is known already, and through torch.func; where nothing has a tangent, all is as ever."""
+    q, k, v, tangent = (random(1, 8, 1, 16, dtype=F32) for _ in range(4))
+    plain = kernels.flash_attn_func(q, k, v)
+    refused = pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*standard_attention")
+    with forward_ad.dual_level():
+        assert torch.equal(kernels.flash_attn_func(q, k, v), plain)
+        with refused:
+            kernels.flash_attn_func(forward_ad.make_dual(q, tangent), k, v)
+        with refused:
+            kernels.flash_attn_kvpacked_func(q, forward_ad.make_dual(torch.stack([k, v], 2), torch.stack([k, v], 2)))
+        with refused:
+            slopes = torch.ones(1, device=DEVICE)
+            kernels.flash_attn_func(q, k, v, alibi_slopes=forward_ad.make_dual(slopes, slopes))
+    with refused:
+        torch.func.jvp(lambda x: kernels.flash_attn_func(x, k, v), (q,), (tangent,))
 
 
 def test_probabilities_without_dropout_are_empty() -> None:

@@ -35,6 +35,7 @@ from tests.training.driver import warm_up
 from training import checkpoint, trainer, watchdog
 from training.checkpoint import Shard, Snapshot
 from training.engine import Engine
+from training.logging import RunLogger
 from training.metrics import ThroughputMeter
 from training.profile import StepProfiler
 from training.step import Step
@@ -218,6 +219,11 @@ def hang() -> None:
     time.sleep(2 * DEADLINE_S)
 
 
+def ask_for_a_requeue() -> None:
+    """As SLURM does before a job's time limit."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def fail() -> None:
     raise ValueError("the card has fallen off")
 
@@ -274,6 +280,19 @@ def fail_on_a_stuck_device(sums: torch.Tensor) -> torch.Tensor:
     StepProfiler._synchronize = lambda self: hang()  # type: ignore[method-assign]
     fail()
     return sums
+
+
+def slow_wandb(job: Job, rank: int) -> None:
+    """A step that fails on all ranks, and a server that holds up the end of one for longer than the others' grace."""
+    in_forward(nan_gradient)(job, rank)
+    plain = RunLogger.finish
+
+    def finish(self: RunLogger, exit_code: int = 0) -> None:
+        if rank == job.fault_rank:
+            time.sleep(4 * watchdog.GRACE_S)
+        plain(self, exit_code)
+
+    RunLogger.finish = finish  # type: ignore[method-assign]
 
 
 def signal_in_evaluation(job: Job, rank: int) -> None:
@@ -342,22 +361,37 @@ def full_disk(job: Job, rank: int) -> None:
     checkpoint.write_shard = write_shard
 
 
+def defect_in_save(job: Job, rank: int) -> None:
+    """One rank's write fails in a way that has nothing to do with the disk."""
+    plain = checkpoint.write_shard
+
+    def write_shard(path: Path, *args: Any) -> Any:
+        if rank == job.fault_rank and f"_{job.at_step:08d}" in path.parent.name:
+            raise TypeError("no such tensor")
+        return plain(path, *args)
+
+    checkpoint.write_shard = write_shard
+
+
 FAULTS: dict[str, Callable[[Job, int], None]] = {
     "die": after_step(die),
     "hang": after_step(hang),
     "fail": after_step(fail),
+    "requeue": after_step(ask_for_a_requeue),
     "wandb": after_step(kill_children),
     "wait": wait,
     "die while others wait": die_while_others_wait,
     "nan": in_forward(nan_gradient),
     "spike": in_forward(lambda sums: sums * 1e4),
     "fail on a stuck device": in_forward(fail_on_a_stuck_device),
+    "slow wandb": slow_wandb,
     "signal in evaluation": signal_in_evaluation,
     "signal in save": signal_in_save,
     "SIGTERM in preparation": signal_in_preparation(signal.SIGTERM),
     "SIGUSR1 in preparation": signal_in_preparation(signal.SIGUSR1),
     "slow save": slow_save,
     "full disk": full_disk,
+    "defect in save": defect_in_save,
 }
 
 if __name__ == "__main__":

@@ -133,6 +133,13 @@ def test_an_error_on_one_rank_reaches_the_user(faults: Faults, tmp_path: Path) -
     faults.finish(tmp_path, ranks=2)
 
 
+def test_an_error_on_all_ranks_is_told_as_it_is_however_long_wandb_takes(faults: Faults, tmp_path: Path) -> None:
+    """Rank 1 is gone while rank 0 still waits for the server, and is not to blame."""
+    faults.start(tmp_path, ranks=2, fault="slow wandb", at_step=5, codes=[2, 2])
+    assert "Step 5 has a non-finite loss or gradient" in output(tmp_path)
+    assert "Rank 1 on" not in output(tmp_path)
+
+
 def test_a_hang_ends_with_all_stacks(faults: Faults, tmp_path: Path) -> None:
     outcome = faults.start(
         tmp_path,
@@ -186,6 +193,17 @@ def test_full_disk_of_one_rank_ends_all(faults: Faults, tmp_path: Path, rank: in
     assert f"step_00000006 was not written, earlier ones are as they were: rank {rank}: No space" in " ".join(
         output(tmp_path).split()
     )
+    assert newest(tmp_path) == 4
+    faults.finish(tmp_path, ranks=2)
+
+
+def test_a_defect_in_one_ranks_save_ends_all(faults: Faults, tmp_path: Path) -> None:
+    """And not when the others' collective times out."""
+    outcome = faults.start(tmp_path, ranks=2, fault="defect in save", at_step=6, fault_rank=1, codes=[2, 1])
+    assert outcome.seconds < 60
+    said = " ".join(output(tmp_path).split())
+    assert "step_00000006 was not written, earlier ones are as they were: rank 1: TypeError: no such tensor" in said
+    assert "TypeError: no such tensor" in output(tmp_path, 1)
     assert newest(tmp_path) == 4
     faults.finish(tmp_path, ranks=2)
 
@@ -249,6 +267,21 @@ def test_sigterm_at_a_bad_time(faults: Faults, tmp_path: Path, fault: str, step:
     assert step <= done < STEPS
     assert newest(tmp_path) == done
     faults.finish(tmp_path)
+
+
+def test_a_requeue_is_asked_for_only_where_there_is_something_to_go_on_from(faults: Faults, tmp_path: Path) -> None:
+    """With train.save_every=0 each start would do the same steps and be stopped in them again."""
+    nothing_saved = "train.save_every=0"
+    faults.start(tmp_path, nothing_saved, ranks=2, fault="requeue", at_step=5, fault_rank=1, codes=[2, 2])
+    said = " ".join(output(tmp_path).split())
+    assert "with train.save_every=0 nothing is saved: it would begin at step 0 again, and not after step 5" in said
+    assert "the same command again" not in said
+    faults.start(tmp_path, nothing_saved, ranks=2, fault="requeue", at_step=STEPS, codes=[0, 0])  # none is needed
+    faults.start(
+        tmp_path, "resume=never", ranks=2, fault="requeue", at_step=5, fault_rank=1, codes=[REQUEUE_EXIT_CODE] * 2
+    )
+    assert newest(tmp_path) == 5
+    faults.finish(tmp_path, ranks=2)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGUSR1", REQUEUE_EXIT_CODE)])

@@ -127,6 +127,18 @@ def test_resume_from_another_run(runs: Runs, tmp_path: Path) -> None:
     assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 6}
 
 
+def test_longer_samples_go_on_where_the_shorter_ones_were(runs: Runs, tmp_path: Path) -> None:
+    """A step takes as much of the corpus as it has tokens, before and after."""
+    settings = [f"run_dir={tmp_path}", "model.position=rope", "optim.schedule=constant"]
+    runs.run(*settings, "train.steps=4")
+    result = runs.run(*settings, "model.sequence_length=128", "train.steps=6")
+    assert "the 512 tokens seen were 16 samples, and count as 4 of the samples now" in result.stdout.replace("\n", " ")
+    seen = [(row["data/tokens_seen"], row["data/epoch"]) for row in rows(tmp_path)]
+    assert [tokens for tokens, _ in seen] == [128, 256, 384, 512, 1024, 1536]
+    for tokens, epoch in seen:
+        assert epoch / tokens == pytest.approx(seen[0][1] / seen[0][0], rel=1e-3)
+
+
 def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoint(runs: Runs, tmp_path: Path) -> None:
     """And not from the other run's, where it began."""
     first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"

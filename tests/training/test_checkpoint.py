@@ -249,10 +249,11 @@ def test_wandbs_run_stays_with_its_folder(build: Build, tmp_path: Path) -> None:
     one = build()
     checkpoint.save(one, TrainState(step=1, wandb_id="abcd1234"), first.checkpoints, tokenizer_hash="abc")
     corpus: Any = SimpleNamespace(tokenizer_hash="abc", content_hash="def")
+    loader: Any = None
     terminal: Any = SimpleNamespace(warn=lambda text: None, say=lambda text: None)
     one.config.resume = str(first.path)
-    assert resume(one, one.config, second, corpus, terminal).wandb_id is None
-    assert resume(one, one.config, first, corpus, terminal).wandb_id == "abcd1234"
+    assert resume(one, one.config, second, corpus, loader, terminal).wandb_id is None
+    assert resume(one, one.config, first, corpus, loader, terminal).wandb_id == "abcd1234"
 
 
 def test_saving_what_is_already_there(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:

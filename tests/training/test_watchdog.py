@@ -19,6 +19,7 @@ from training.distributed import Processes
 from training.watchdog import (
     GONE,
     HANG_EXIT_CODE,
+    LOST_EXIT_CODE,
     Loss,
     Peers,
     Watchdog,
@@ -177,6 +178,41 @@ def test_which_errors_are_a_collectives() -> None:
     outer = UserError("the checkpoint failed")
     outer.__cause__ = RuntimeError("gloo: Connection reset")
     assert of_collective(outer)
+
+
+LEAVE = """
+import logging, sys, threading, time
+from types import SimpleNamespace
+from configs.errors import OutOfMemoryError
+from training import watchdog
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+watchdog.GRACE_S, watchdog.ENDING_S = 0.1, {ending_s}
+peers = watchdog.Peers(SimpleNamespace(rank=0, world_size=2, is_main=True))
+peers._lines = {{1: SimpleNamespace(rank=1, send=lambda message: None, close=lambda: None)}}
+{before}
+peers._note(watchdog.Loss(1, "far", "has failed: ValueError: x"))
+time.sleep({then_s})
+print("came to its end", flush=True)
+sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "ending_s", "then_s", "code"),
+    [
+        ("", 30, 60, LOST_EXIT_CODE),  # in a collective
+        ("peers.ending()", 30, 1.0, 5),  # longer than the grace, and by itself
+        ("peers.ending()", 0.5, 60, LOST_EXIT_CODE),  # not for ever
+        ("peers.ending(); peers.__exit__(None, OutOfMemoryError('x'), None)", 0.5, 60, 3),  # with an error of its own
+    ],
+)
+def test_how_a_rank_leaves_when_another_has_failed(before: str, ending_s: float, then_s: float, code: int) -> None:
+    script = LEAVE.format(before=before, ending_s=ending_s, then_s=then_s)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert ("Rank 1 on far has failed" in result.stdout) == (code == LOST_EXIT_CODE)
+    assert ("came to its end" in result.stdout) == (code == 5)
 
 
 def test_one_process_watches_nobody(processes: Processes) -> None:
