@@ -13,9 +13,8 @@ Forward reads x and f and writes s and y, backward reads dy, ds and s and writes
 the least there is. A program of the forward pass has one row, or with `per_sm` goes through rows as one of the backward
 pass does. The backward pass has few programs, each of which goes through every `num_programs`-th row and keeps its part
 of dw, db and dc in registers, so that no second pass over dy, s and dx makes them. Their sum over programs is left to
-the caller, or to a kernel of its own that adds all of them to where gradients are summed; in the same order each time.
-s is rounded to its dtype before it is normalised, as if it had been stored and loaded; arithmetic and statistics are
-fp32.
+the caller, in the same order each time. s is rounded to its dtype before it is normalised, as if it had been stored and
+loaded; arithmetic and statistics are fp32.
 
 A row is held whole, as one tile of the next power of two or as two: 2,560 = 2,048 + 512. How it is done (tiles, warps,
 what is loaded ahead) is a `ForwardSchedule` and a `BackwardSchedule`; results don't depend on it but for the order of
@@ -48,9 +47,6 @@ WARPS_PER_SM = 16
 REGISTERS_PER_SM = 65536
 SHIFT_WIDTHS = (768, 1024, 1600, 2048, 2560, 4096, 5120)
 """Of the compile check with dc: GPT-2's and GPT-3's."""
-PARTS_ROWS, PARTS_COLUMNS = 256, 32
-"""Tile of the kernel that sums parts. A row of it is one line of the cache; at width 2,560 its 240 programs run at once
-on 132 SMs."""
 CPU_PROGRAMS = 3
 """Programs that go through rows in Triton's interpreter."""
 
@@ -526,40 +522,6 @@ def _add_norm_backward_kernel(
             _store(part, d_shift_rest, 0, width, MAIN, REST, EXACT)
 
 
-@triton.jit
-def _add_parts_kernel(
-    parts_ptr,  # (K, P, E) fp32
-    first_ptr,  # (E,) fp32
-    second_ptr,  # (E,) fp32, added to with K > 1
-    third_ptr,  # (E,) fp32, added to with K > 2
-    num_parts,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Adds the sum over P of kind `program_id(1)` to that kind's total, COLUMNS columns a program."""
-    kind = tl.program_id(1)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    exist = columns < width
-    rows = tl.arange(0, ROWS)
-    places = parts_ptr + tl.cast(kind, tl.int64) * num_parts * width + rows[:, None] * width + columns[None, :]
-    found = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for begin in range(0, num_parts, ROWS):
-        found += tl.load(places + begin * width, mask=(begin + rows < num_parts)[:, None] & exist[None, :], other=0.0)
-    gradient = tl.sum(found, axis=0)
-    if kind == 0:
-        _add_to(first_ptr, gradient, columns, exist)
-    if kind == 1:
-        _add_to(second_ptr, gradient, columns, exist)
-    if kind == 2:
-        _add_to(third_ptr, gradient, columns, exist)
-
-
-@triton.jit
-def _add_to(total_ptr, value, columns, exist):
-    tl.store(total_ptr + columns, tl.load(total_ptr + columns, mask=exist) + value, mask=exist)
-
-
 def programs_of(num_rows: int, per_sm: int, device: torch.device) -> int:
     """P: programs that go through rows, as many as run at once."""
     if device.type != "cuda":
@@ -684,37 +646,6 @@ def _add_norm_backward_fake(
     return total.new_empty(total.shape), total.new_empty(parts, dtype=torch.float32)
 
 
-@torch.library.custom_op("flashtrain::add_parts_", mutates_args=("weight_sum", "bias_sum", "shift_sum"))
-def add_parts_(parts: Tensor, weight_sum: Tensor, bias_sum: Tensor | None, shift_sum: Tensor | None) -> None:
-    """Sum the parts of `add_norm_backward`, fp32 (K, P, E), and add dw, db and dc to the totals, fp32 (E,), as many as
-    there are: one kernel for all, since each takes longer to start than to run."""
-    num_kinds, num_parts, width = parts.shape
-    totals = [total for total in (weight_sum, bias_sum, shift_sum) if total is not None]
-    first, second, third = totals + [weight_sum] * (3 - num_kinds)
-    block = min(triton.next_power_of_2(num_parts), PARTS_ROWS)
-    _add_parts_kernel[(triton.cdiv(width, PARTS_COLUMNS), num_kinds)](
-        parts_ptr=parts,
-        first_ptr=first,
-        second_ptr=second,
-        third_ptr=third,
-        num_parts=num_parts,
-        width=width,
-        ROWS=block,
-        COLUMNS=PARTS_COLUMNS,
-        num_warps=_parts_warps(block),
-    )
-
-
-@add_parts_.register_fake
-def _add_parts_fake(parts: Tensor, weight_sum: Tensor, bias_sum: Tensor | None, shift_sum: Tensor | None) -> None:
-    return None
-
-
-def _parts_warps(block: int) -> int:
-    """Warps of a program that sums `block` parts at a time: 16 elements a thread."""
-    return max(block * PARTS_COLUMNS // 512, 1)
-
-
 def compile_cases() -> list[CompileCase]:
     """Both kernels as LayerNorm with bias, on bf16 with a residual sum, by every candidate at three widths; and the
     backward kernel with dc, as it is shipped, at more.
@@ -744,29 +675,17 @@ def compile_cases() -> list[CompileCase]:
         )
         for width in SHIFT_WIDTHS
     ]
-    parts = CompileCase(
-        name="norm.parts",
-        make_source=lambda: _source_of(_add_parts_kernel, {"ROWS": PARTS_ROWS, "COLUMNS": PARTS_COLUMNS}, "*fp32"),
-        num_warps=_parts_warps(PARTS_ROWS),
-        quick=True,
-    )
-    return [*plain, *shifted, parts]
+    return [*plain, *shifted]
 
 
 def _source(schedule: ForwardSchedule | BackwardSchedule, width: int, has_shift: bool = False) -> ASTSource:
-    backward = isinstance(schedule, BackwardSchedule)
-    kernel = _add_norm_backward_kernel if backward else _add_norm_kernel
-    constants = constants_of(schedule, width) | {"HAS_MEAN": True, "HAS_BIAS": True}
-    constants |= {"HAS_STREAM": True, "HAS_SHIFT": has_shift} if backward else {"HAS_ADD": True}
-    return _source_of(kernel, constants, "*bf16")
-
-
-def _source_of(kernel: Any, constants: dict[str, Any], pointer: str) -> ASTSource:
-    """A kernel's source, its pointers of type `pointer` but for those that are always fp32."""
     from triton.compiler import ASTSource
 
-    types = {"stats_ptr": "*fp32", "parts_ptr": "*fp32", "eps": "fp32"}
-    types |= dict.fromkeys(("num_rows", "num_parts", "width"), "i32")
-    signature = {name: "constexpr" if name in constants else types.get(name, pointer) for name in kernel.arg_names}
+    backward = isinstance(schedule, BackwardSchedule)
+    kernel: Any = _add_norm_backward_kernel if backward else _add_norm_kernel
+    constants = constants_of(schedule, width) | {"HAS_MEAN": True, "HAS_BIAS": True}
+    constants |= {"HAS_STREAM": True, "HAS_SHIFT": has_shift} if backward else {"HAS_ADD": True}
+    types = {"stats_ptr": "*fp32", "parts_ptr": "*fp32", "num_rows": "i32", "width": "i32", "eps": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if name not in constants and name != "eps"]
     return ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})

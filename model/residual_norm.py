@@ -59,11 +59,14 @@ class _AddNorm(torch.autograd.Function):
         )
         d_x = d_x.view(total.shape)
         d_parameters: list[Tensor | None] = [None, None]
+        gradients = parts.sum(1)  # dw, db, dc, as many as there are: (K, E) fp32
         if ctx.weight_sum is not None:
-            torch.ops.flashtrain.add_parts_(parts, ctx.weight_sum, ctx.bias_sum, ctx.shift_sum)
+            totals = [total for total in (ctx.weight_sum, ctx.bias_sum, ctx.shift_sum) if total is not None]
+            for into, gradient in zip(totals, gradients, strict=True):
+                into.add_(gradient)
         else:
             for index in range(2 if ctx.has_bias else 1):
-                d_parameters[index] = parts[index].sum(0).to(weight.dtype)  # (E,)
+                d_parameters[index] = gradients[index].to(weight.dtype)  # (E,)
         return d_x, d_x if ctx.has_f else None, *d_parameters, None, None, None, None, None
 
 

@@ -53,7 +53,6 @@ from torch.nn import functional as F
 from model.norm_kernel import (
     BackwardSchedule,
     ForwardSchedule,
-    add_parts_,
     backward_candidates,
     backward_schedule,
     forward_candidates,
@@ -183,14 +182,15 @@ def call_of_schedule(schedule: ForwardSchedule | BackwardSchedule, given: Inputs
     total, _, stats = torch.ops.flashtrain.add_norm(given.x, given.f, given.weight, given.bias, EPS, given.mean)
     has_bias = given.bias is not None
     sums = torch.zeros(3, given.x.shape[1], device=given.x.device)  # grow from call to call: the first one is checked
-    totals = (sums[0], sums[1] if has_bias else None, sums[2] if given.shift else None)
+    totals = sums[: 1 + has_bias + given.shift].unbind()
 
     def backward() -> tuple[Tensor, ...]:
         d_x, parts = run_backward(given.d_y, given.d_sum, total, given.weight, stats, has_bias, given.shift, schedule)
         if direction == "kernel":
             return d_x, parts
-        add_parts_(parts, *totals)
-        return d_x, *(total for total in totals if total is not None)
+        for into, gradient in zip(totals, parts.sum(1), strict=True):
+            into.add_(gradient)
+        return d_x, *totals
 
     return backward
 

@@ -288,7 +288,6 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("_add_norm_kernel", (), C.norms),
         ("_adamw_kernel", (), C.optimizer),
         ("_add_norm_backward_kernel", (), C.norms),
-        ("_add_parts_kernel", (), C.norms),
         ("triton_red_fused_sum_7", (), C.elementwise),
         ("triton_poi_fused__to_copy_t_9", (), C.copies),
         ("triton_poi_fused_cat_3", (), C.copies),
@@ -550,7 +549,9 @@ def test_fusions_are_remedies_where_they_are_off() -> None:
     assert keys_of(report)[("model.fused_norms",)] == pytest.approx(40e-6, rel=0.01)  # its few bytes take no time
     on = run_config(1)
     stage_2 = changed(
-        changed(run_config(2), "model", fused_norms=Toggle.off), "engine", fuse_weight_gradients=Toggle.off
+        changed(run_config(2, lean_zero2=Toggle.off), "model", fused_norms=Toggle.off),
+        "engine",
+        fuse_weight_gradients=Toggle.off,
     )
     for config in (on, stage_2):
         kept = replace(report, setting=replace(report.setting, config=config))
@@ -565,7 +566,7 @@ def test_a_step_in_passes_is_a_remedy_where_one_kernel_could_make_it() -> None:
     report = example(config=config)
     report = replace(report, parts=[*report.parts, replace(report.parts[0], category=C.optimizer, time_s=5e-5)])
     assert keys_of(report)[("optim.fused_step",)] == pytest.approx(report.time_of(C.optimizer) * 12 / 50)
-    for other in (run_config(1), changed(run_config(2), "optim", fused_step=Toggle.off)):
+    for other in (run_config(1), changed(run_config(2, lean_zero2=Toggle.off), "optim", fused_step=Toggle.off)):
         assert ("optim.fused_step",) not in keys_of(replace(report, setting=replace(report.setting, config=other)))
     assert ("optim.fused_step",) not in keys_of(replace(report, setting=replace(report.setting, on_device=False)))
 

@@ -76,7 +76,6 @@ OUR_KERNELS: dict[str, Category] = {
     # model.norm_kernel
     "_add_norm_kernel": C.norms,
     "_add_norm_backward_kernel": C.norms,
-    "_add_parts_kernel": C.norms,
     # training.adamw_kernel
     "_adamw_kernel": C.optimizer,
 }

@@ -390,7 +390,7 @@ def forward_candidate(width: int, name: str) -> Iterator[Check]:
         case = Case(sq, sq, width, heads, heads, batch=4, dtype=BF16, options={"causal": causal})
         yield (
             f"{name} 20 runs {case}",
-            functools.partial(with_forward_tile, tile, run_twice_the_same, case, backward=False),
+            functools.partial(with_forward_tile, tile, functools.partial(run_twice_the_same, case, backward=False)),
         )
 
 
