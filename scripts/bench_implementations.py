@@ -88,7 +88,7 @@ def portable_tiles(changes: dict[str, Any]) -> Iterator[None]:
     width and architecture."""
     from kernels.attention.portable import tuning
 
-    tables = (tuning.HOPPER, tuning.AMPERE, tuning.DROPOUT)
+    tables = (tuning.HOPPER, tuning.HOPPER_SHORT, tuning.AMPERE, tuning.DROPOUT)
     fields = [f.name for f in dataclasses.fields(tuning.Tile)]
     known = {f"{kernel}_{field}": (kernel, field) for kernel in tuning.HOPPER for field in fields}
     if unknown := set(changes) - set(known):
@@ -97,6 +97,8 @@ def portable_tiles(changes: dict[str, Any]) -> Iterator[None]:
         for table in tables:
             for name, value in changes.items():
                 kernel, field = known[name]
+                if kernel not in table:
+                    continue
                 table[kernel] = tuple(dataclasses.replace(tile, **{field: value}) for tile in table[kernel])
         yield
 

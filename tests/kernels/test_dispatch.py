@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from kernels.attention import dispatch
 from kernels.attention.dispatch import AttnExtras, AttnParams, Problem, choose_path, describe
 from kernels.attention.hopper import tuning
 from kernels.attention.portable import supports
+from kernels.attention.portable.launch import Call
 from kernels.attention.portable.tuning import choose_tile, padded_head_dim, section_heads
 from tests.kernels.cases import DEVICE, random
 
@@ -98,6 +100,24 @@ def test_tiles_fit(capability: tuple[int, int] | None, element_size: int) -> Non
                 resident = stay * (1 if kernel == "forward" else 2)
                 stages = max(1, tile.num_stages - 1)
                 assert (resident + 2 * flow * stages) * width * element_size <= limit
+
+
+def test_short_rows_without_a_mask_have_a_tile_of_their_own() -> None:
+    """On Hopper, forward, at width 64; and a call knows whether it is such."""
+    own = functools.partial(choose_tile, "forward", 64, 2)
+    assert [own((9, 0), False, keys).num_warps for keys in (512, 1024, 1025, None)] == [4, 4, 8, 8]
+    assert own((10, 0), False, 512) == own((10, 0), False)
+    assert own((9, 0), True, 512) == own((9, 0), True)
+    assert choose_tile("dq", 64, 2, (9, 0), False, 512) == choose_tile("dq", 64, 2, (9, 0), False)
+
+    def warps(**options: Any) -> int:
+        q = torch.empty(1, 512, 2, 64, dtype=torch.bfloat16, device="meta")
+        slopes = torch.empty(2, device="meta") if options.pop("alibi", False) else None
+        call = Call(q, q, AttnParams(1.0, 512, 512, **options), AttnExtras(alibi_slopes=slopes), (9, 0))
+        return call.tile("forward").num_warps
+
+    assert warps() == 4
+    assert {warps(window_right=0), warps(window_left=64), warps(softcap=30.0), warps(alibi=True)} == {8}
 
 
 def test_sections() -> None:

@@ -61,8 +61,12 @@ class Call:
 
     def tile(self, kernel: Kernel) -> Tile:
         """The table's launch configuration."""
-        dropout = self.params.dropout_p > 0
-        tile = choose_tile(kernel, self.head_dim, self.q.element_size(), self.capability, dropout)
+        params, extras = self.params, self.extras
+        masked = params.window_left >= 0 or params.window_right >= 0 or extras.varlen
+        plain = not masked and params.softcap == 0 and extras.alibi_slopes is None
+        seen_keys = params.max_seqlen_k if plain else None
+        dropout = params.dropout_p > 0
+        tile = choose_tile(kernel, self.head_dim, self.q.element_size(), self.capability, dropout, seen_keys)
         # The table's limits are for kernels without a soft cap, whose derivative would spill
         return replace(tile, max_registers=None) if self.params.softcap > 0 else tile
 

@@ -21,6 +21,7 @@ from kernels.attention.portable.launch import (
     plan_forward,
     plan_probs,
 )
+from kernels.attention.portable.tuning import SHORT_KEYS
 from kernels.compile_check import CompileCase
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -28,6 +29,7 @@ ARCHS = (80, 90)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
+    "short": {},
     "causal": {"causal": True, "window_right": 0},
     "window": {"window_left": 1024, "window_right": 0},
     "softcap": {"causal": True, "window_right": 0, "softcap": 30.0},
@@ -68,8 +70,8 @@ def _kind(value: Any) -> str:
 def plan_all(
     head_dim: int, dtype: torch.dtype, feature: str, capability: tuple[int, int], group: int = 1
 ) -> dict[str, Plan]:
-    """The launches of a call of (4, 4096, 16, head_dim), by kernel name."""
-    batch, seqlen, heads = 4, 4096, 16
+    """The launches of a call of (4, 4096, 16, head_dim), or of the longest short one, by kernel name."""
+    batch, seqlen, heads = 4, SHORT_KEYS if feature == "short" else 4096, 16
     params = AttnParams(head_dim**-0.5, seqlen, seqlen, **FEATURES[feature])
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -102,10 +104,11 @@ def _configurations() -> Iterator[tuple[int, torch.dtype, str, int]]:
             yield head_dim, torch.bfloat16, feature, 1
     for head_dim in (64, 128):
         for feature in FEATURES:
-            if feature not in ("full", "causal"):
+            if feature not in ("full", "causal", "short"):
                 yield head_dim, torch.bfloat16, feature, 1
         yield head_dim, torch.float16, "causal", 1
         yield head_dim, torch.bfloat16, "causal", 4
+    yield 64, torch.bfloat16, "short", 1
     yield 64, torch.float32, "causal", 1
 
 
@@ -116,6 +119,8 @@ def compile_cases() -> list[CompileCase]:
         for arch in ARCHS:
             capability = (arch // 10, arch % 10)
             for kernel, launch in plan_all(head_dim, dtype, feature, capability, group).items():
+                if feature == "short" and kernel != "forward":
+                    continue  # those of longer rows
                 name = f"portable.{kernel}[d{head_dim},{feature},{_TYPES[dtype]},g{group},sm{arch}]"
                 cases.append(
                     CompileCase(

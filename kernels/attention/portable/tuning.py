@@ -36,7 +36,12 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def choose_tile(
-    kernel: Kernel, head_dim: int, element_size: int, capability: tuple[int, int] | None, dropout: bool
+    kernel: Kernel,
+    head_dim: int,
+    element_size: int,
+    capability: tuple[int, int] | None,
+    dropout: bool,
+    seen_keys: int | None = None,
 ) -> Tile:
     """Launch configuration of ``kernel``.
 
@@ -45,6 +50,7 @@ def choose_tile(
         element_size: bytes per element of q, k, v (2 or 4).
         capability: CUDA compute capability, or None for the interpreter.
         dropout: whether the mask generator runs in the loop (it needs registers and shared memory).
+        seen_keys: of each query, where all see the same number and no bias or soft cap takes registers; else None.
     """
     width = padded_head_dim(head_dim)
     if kernel == "delta":
@@ -61,6 +67,8 @@ def choose_tile(
     table = HOPPER if capability[0] in (9, 10) else AMPERE
     if dropout:
         table = DROPOUT
+    elif kernel == "forward" and capability[0] == 9 and seen_keys is not None and seen_keys <= SHORT_KEYS:
+        table = HOPPER_SHORT
     column = 0 if width <= 32 else {64: 1, 128: 2, 256: 3}[width]
     return table[kernel][column]
 
@@ -81,6 +89,12 @@ HOPPER: dict[Kernel, tuple[Tile, ...]] = {
     # reload addresses in the loop (up to 264 bytes under triton 3.6), causal and window calls nothing.
     "dkdv": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 8, 3)),
 }
+# Rows of few keys without a mask. At width 64 a program of 4 warps takes a fifth fewer instructions than one of 8, as
+# each warp's products are twice as long. Measured at 512 and 1,024 keys, where it is 2 and 3 % faster (H100).
+HOPPER_SHORT: dict[Kernel, tuple[Tile, ...]] = {
+    "forward": (HOPPER["forward"][0], Tile(128, 64, 4, 3), HOPPER["forward"][2], HOPPER["forward"][3]),
+}
+SHORT_KEYS = 1024
 AMPERE: dict[Kernel, tuple[Tile, ...]] = {
     "forward": (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
     "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 1)),
