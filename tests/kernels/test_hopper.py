@@ -171,7 +171,7 @@ def variants_of(cases: list[Case], *variants: str) -> list[Any]:
     """Parameters (variant, case) of the cases whose tile a variant changes: with the shipped tile, a case is a test of
     its own."""
     pairs = [(variant, case) for variant in variants for case in cases]
-    widths = [tuning.padded_head_dim(case.head_dim) for _, case in pairs]
+    widths = [tuning.padded_head_dim(case.head_dim, tuning.BACKWARD) for _, case in pairs]
     changed = [p for p, width in zip(pairs, widths, strict=True) if variant_tile(p[0], width) != tuning.BACKWARD[width]]
     return [pytest.param(variant, case, id=f"{case}-{variant}") for variant, case in changed]
 
