@@ -107,6 +107,7 @@ def test_short_rows_without_a_mask_have_a_tile_of_their_own() -> None:
     own = functools.partial(choose_tile, "forward", 64, 2)
     assert [own((9, 0), False, keys).num_warps for keys in (512, 1024, 1025, None)] == [4, 4, 8, 8]
     assert own((10, 0), False, 512) == own((10, 0), False)
+    assert choose_tile("forward", 40, 2, (9, 0), False, 512) == own((9, 0), False)  # it would spill there
     assert own((9, 0), True, 512) == own((9, 0), True)
     assert choose_tile("dq", 64, 2, (9, 0), False, 512) == choose_tile("dq", 64, 2, (9, 0), False)
 

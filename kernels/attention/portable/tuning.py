@@ -68,15 +68,14 @@ def choose_tile(
     if dropout:
         table = DROPOUT
     elif kernel == "forward" and capability[0] == 9 and seen_keys is not None and seen_keys <= SHORT_KEYS:
-        table = HOPPER_SHORT
+        table = HOPPER_SHORT if head_dim == width else HOPPER  # columns that aren't there spill with 4 warps
     column = 0 if width <= 32 else {64: 1, 128: 2, 256: 3}[width]
     return table[kernel][column]
 
 
 # Columns: tile width (padded head dim) up to 32, 64, 128, 256. All entries stay below 99 KB of shared memory but for
 # sm_90 and sm_100 (227 KB). Chosen by compiling (`compile_cases` in shipped.py; triton 3.6 and 3.9, sm_80 and sm_90):
-# no wgmma is serialized, and what spills is reloaded outside the loops unless a
-# comment says otherwise.
+# no wgmma is serialized, and what spills is reloaded outside the loops unless a comment says otherwise.
 HOPPER: dict[Kernel, tuple[Tile, ...]] = {
     # Three stages everywhere: Triton issues a block's loads at the end of an iteration and waits for them at the start
     # of another, so that two stages leave nothing to hide the latency behind. A 128-row tile on 8 warps gives each
