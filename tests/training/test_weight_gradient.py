@@ -370,13 +370,16 @@ def test_sums_on_a_gpu(stage: int, compiled: str, norms: str) -> None:
 def test_operators_of_compiled_blocks_write_one_tensor_at_most() -> None:
     """The sums are views of one buffer. Of an operator that writes two of them Inductor clones all that lies behind the
     second one's beginning, as long as the whole buffer: it reads past the buffer's end."""
-    import training.adamw_kernel  # noqa: F401 - to have registered their operators
+    from model import norm_kernel, sequence
+    from training import adamw_kernel
 
+    assert all((norm_kernel, sequence, adamw_kernel))  # imported: their operators are registered
     writes = {}
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("flashtrain::"):
             schema = getattr(torch.ops.flashtrain, name.partition("::")[2]).default._schema
             writes[name] = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     assert writes["flashtrain::add_weight_gradient_"] == ["total"]
+    assert writes["flashtrain::add_norm_backward"] == []
     del writes["flashtrain::adamw_step_"]  # called between steps, never compiled
     assert {name for name, written in writes.items() if len(written) > 1} == set()
