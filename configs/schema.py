@@ -1,12 +1,10 @@
 """The schema of a run: every key that `train.py` and the tools in `scripts/` accept.
 
-One dataclass a section; the string under a field says what it means, its unit, and the value that turns it
-off.
-Hydra composes the YAML tree in this folder onto these dataclasses (`configs.compose`), so an unknown key or a
-value of
-the wrong type is an error that names the key. Defaults live here and nowhere else; the YAML files are
-differences.
-`configs.validate` checks what concerns several keys, all problems at once, before anything is built.
+One dataclass a section; the string under a field says what it means, its unit, and the value that turns it off.
+docs/configuration.md is made of this file (`configs.reference`).
+Hydra composes the YAML tree in this folder onto these dataclasses (`configs.compose`), so an unknown key or a value of
+the wrong type is an error that names the key. Defaults live here and nowhere else; the YAML files are differences.
+`training.validate` checks what concerns several keys, all problems at once, before anything is built.
 """
 
 from __future__ import annotations
