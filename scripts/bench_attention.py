@@ -7,7 +7,7 @@ other.
     bench_attention.py                  the anchor grid: 16k tokens, H*D = 2048
     bench_attention.py --implementations portable sdpa_cudnn --seqlens 1024 8192 --head-dims 128
     bench_attention.py --implementations hopper 'hopper[candidate="tall"]' --head-dims 64
-    bench_attention.py --implementations portable 'portable[forward_block_n=64,dkdv_stages=2]' --head-dims 128
+    bench_attention.py --implementations portable 'portable[forward_block_n=64,dkdv_num_stages=2]' --head-dims 128
     bench_attention.py --ablation       what each of the paper's ideas brings
     bench_attention.py --memory         memory against S, beside standard attention
     bench_attention.py --host           host time per call

@@ -2,15 +2,13 @@
 
 Common to all functions:
 
-- dtypes float16, bfloat16 (and float32, exact and slow); head dim D from 1 to 256; H % Hk == 0, query head h
-reads
+- dtypes float16, bfloat16 (and float32, exact and slow); head dim D from 1 to 256; H % Hk == 0, query head h reads
   key/value head h // (H / Hk).
-- With offset = Sk - Sq, query i sees key j iff i + offset - window_size[0] <= j <= i + offset +
-window_size[1];
-  -1 removes a limit; ``causal`` sets the right one to 0 (aligned to the bottom right corner). A query that
-  sees no key gets 0 and a log-sum-exp of -inf.
+- With offset = Sk - Sq, query i sees key j iff i + offset - window_size[0] <= j <= i + offset + window_size[1];
+  -1 removes a limit; ``causal`` sets the right one to 0 (aligned to the bottom right corner). A query that sees no key
+  gets 0 and a log-sum-exp of -inf.
 - score = scale * q·k, then softcap * tanh(score / softcap) if softcap > 0, then - slope * |i + offset - j|.
-- ``deterministic``: bitwise repeatable gradients. Outputs, dK and dV always are.
+- ``deterministic``: bitwise repeatable gradients. Outputs, dK and dV always are. docs/attention.md tells more.
 - ``return_attn_probs``: return (out, softmax_lse, S_dmask). softmax_lse: fp32, natural log, (B, H, Sq) or
   (H, total_q), differentiable. S_dmask: with dropout the softmax probabilities (B, H, Sq, Sk), negative where
   dropped (this one result is quadratic in S, for tests); an empty tensor without dropout.
@@ -299,9 +297,8 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, H, D).
         k, v: (total_k, Hk, D).
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
-        Lengths
-            may be 0. Tokens past the last offset get out 0, gradient 0.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. Lengths may
+            be 0. Tokens past the last offset get out 0, gradient 0.
         max_seqlen_q, max_seqlen_k: at least the longest length (not checked: that would wait for the device).
         block_table: paged keys are an inference feature that these kernels do not have; must be None.
         The rest: see :func:`flash_attn_func`; alibi_slopes (H,) or (B, H).
