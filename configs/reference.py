@@ -48,6 +48,7 @@ NOTES = {
     schema.MixtureSource: "How sources are mixed: [data.md](data.md#mixtures).",
     schema.TrainConfig: "Checkpoints: [checkpoints.md](checkpoints.md). Profiles: [waterfall.md](waterfall.md).",
     schema.EngineConfig: "What each stage sends, and what it costs: [scaling.md](scaling.md).",
+    schema.LoggingConfig: "Metrics and wandb: [runs.md](runs.md).",
     schema.HardwareConfig: "What the peak is for: [mfu.md](mfu.md).",
 }
 ENVIRONMENT = """\

@@ -8,6 +8,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -360,3 +361,9 @@ def test_a_peak_that_was_measured_too_low_is_measured_again() -> None:
         assert report.mfu == pytest.approx(0.5)
     assert measured == [4.0]
     assert meter.peak_tflops == 4.0
+
+
+def test_the_page_of_runs_has_every_metric() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    missing = [key for key in m.METRICS if f"`{key}`" not in page]
+    assert not missing, f"docs/runs.md lacks {missing}"
