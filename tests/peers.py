@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,19 @@ from torch import Tensor
 
 from training.distributed import Processes
 from training.peers import Peers
+
+
+class Watched(Tensor):
+    """Memory of another rank, which counts the bytes that are copied from it."""
+
+    read = 0
+    """By this process."""
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.copy_:
+            Watched.read += args[1].numel() * args[1].element_size()
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 class FilePeers(Peers):
@@ -30,7 +45,8 @@ class FilePeers(Peers):
         paths = [self.folder / f"{self.count}.{rank}" for rank in range(self.world_size)]
         paths[self.rank].write_bytes(b"\xff" * size * dtype.itemsize)  # NaN, of which nothing may be left
         self.own.barrier()
-        return [torch.from_file(str(path), shared=True, size=size, dtype=dtype) for path in paths]
+        found = [torch.from_file(str(path), shared=True, size=size, dtype=dtype) for path in paths]
+        return [one if rank == self.rank else one.as_subclass(Watched) for rank, one in enumerate(found)]
 
     def barrier(self, channel: int) -> None:
         self.barriers.append(channel)
