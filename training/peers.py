@@ -117,7 +117,8 @@ def find_peers(config: EngineConfig, precision: Precision, processes: Processes,
             cause = f"GPUs that read each other's memory; PyTorch says: {str(error).splitlines()[0]}"
     if config.copy_engines is Toggle.on:
         raise UserError(f"engine.copy_engines=on: needs {cause}; or use engine.copy_engines=auto or off")
-    LOG.info("engine.copy_engines: off, it needs %s", cause)
+    if lean:  # else nobody expects them
+        LOG.info("engine.copy_engines: off, it needs %s", cause)
     return None
 
 
