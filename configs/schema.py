@@ -386,7 +386,12 @@ class EngineConfig:
     with fp32_accumulation and without offload. off: DeepSpeed's."""
     gather_in_place: bool = False
     """At stage 3 on several ranks, gather each parameter to where it is used, by a message of its own. false: a block's
-    in one message, from which each is copied (4 bytes an element in bf16, and 4 / ranks before)."""
+    in one message, from which each is copied (4 bytes an element in bf16, and 4 / ranks before). Not with
+    `copy_engines`, which always does."""
+    copy_engines: Toggle = Toggle.auto
+    """At stages 2 and 3 on several GPUs of one host, move gradients, and at stage 3 weights, by the GPUs' copy engines,
+    from each other's memory, instead of NCCL's kernels, which take multiprocessors from the products beside them. auto:
+    in half precision with lean_zero2 or lean_zero3, where GPUs can read each other's memory. off: NCCL."""
     timeout_minutes: float = 10.0
     """A collective that takes longer than this fails."""
 

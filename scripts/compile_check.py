@@ -34,6 +34,7 @@ PROVIDERS = (
     "model.norm_kernel:compile_cases",
     "model.loss_kernel:compile_cases",
     "training.adamw_kernel:compile_cases",
+    "training.mean_kernel:compile_cases",
 )
 CACHE = ROOT / ".cache" / "triton"
 

@@ -23,7 +23,7 @@ from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import EngineConfig, ForecastRunConfig, Precision
 from training.batch import data_ranks, resolve_batch
-from training.forecast import Cluster, Job, checkpoint_bytes, forecast
+from training.forecast import Cluster, Job, checkpoint_bytes, copies, forecast
 from training.report import about, wide_console, write_json
 from training.run import run_folder
 from training.waterfall.work import ELEMENT_BYTES
@@ -101,7 +101,8 @@ def row_of(config: ForecastRunConfig, name: str, engine: EngineConfig, world_siz
     model = config.model
     model.vocab_size = model.vocab_size or config.forecast.vocab_size
     element = ELEMENT_BYTES[engine.precision if engine.precision is not Precision.auto else Precision.bf16]
-    job = Job(model, engine, element, micro, max(steps, 1), world_size, overlapped=engine.overlap_comm)
+    copied = copies(engine, element, world_size, config.forecast.node_size)
+    job = Job(model, engine, element, micro, max(steps, 1), world_size, engine.overlap_comm, copied)
     tokens, share = batch * model.sequence_length, checkpoint_bytes(job) / world_size / 1e9
     if steps < 1 or batch % (ranks * micro):
         return Row(name, world_size, batch, tokens, steps, None, None, None, None, None, None, share)

@@ -36,7 +36,7 @@ from training.backend import resolve_precision
 from training.batch import data_ranks, resolve_batch
 from training.children import Stop
 from training.earlier import conditions, row_of, take_up
-from training.forecast import Cluster, Job, forecast
+from training.forecast import Cluster, Job, copies, forecast
 from training.link import Link, probe
 from training.report import about, draw_lines, wide_console, write_json
 from training.run import TOKENIZER, claim, run_folder
@@ -300,15 +300,16 @@ def predicted(config: ScalingRunConfig, settings: RunConfig, row: Row, cluster: 
     """The row with what the forecast says of it."""
     on_gpu = torch.cuda.is_available() and config.hardware.device is not Device.cpu
     precision = resolve_precision(settings.engine.precision, torch.device("cuda" if on_gpu else "cpu"))
-    micro = micro_batch_size(config, row.world_size)
+    micro, element_bytes = micro_batch_size(config, row.world_size), ELEMENT_BYTES[precision]
     job = Job(
         model=settings.model,
         engine=settings.engine,
-        element_bytes=ELEMENT_BYTES[precision],
+        element_bytes=element_bytes,
         micro_batch_size=micro,
         accumulation_steps=row.global_batch_size // data_ranks(settings.engine, row.world_size) // micro,
         world_size=row.world_size,
         overlapped=settings.engine.overlap_comm and on_gpu,
+        copied=on_gpu and copies(settings.engine, element_bytes, row.world_size, cluster.node_size),
     )
     found = forecast(job, cluster)
     return replace(

@@ -24,7 +24,7 @@ HARMLESS = (
     "engine.zero_stage", "engine.offload_optimizer", "engine.offload_params", "engine.bucket_size",
     "engine.overlap_comm", "engine.sequence_parallel_size", "engine.recompute", "engine.compile",
     "engine.timeout_minutes", "engine.fuse_weight_gradients", "engine.lean_zero2", "engine.lean_zero3",
-    "engine.gather_in_place",
+    "engine.gather_in_place", "engine.copy_engines",
 )  # fmt: skip
 """Keys, and sections with a dot, that leave the trained function as it is: results are equal, or differ by rounding.
 (`data.shard_tokens` where it cuts no document, which `training.resume` looks at.)"""

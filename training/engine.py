@@ -49,6 +49,7 @@ from training.backend import (
 from training.batch import BatchPlan
 from training.distributed import Processes
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, fp16_scale
+from training.peers import find_peers
 from training.step import HostCopy, Step, StepResult, clip_factor, clip_factor_on_device
 from training.zero import Bf16Stage1, Partition, Replicated, Stage3, Stage12, partition_of
 
@@ -260,6 +261,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     lean = should_be_lean(config.engine)
     fuse = should_fuse_weight_gradients(config.engine, precision, processes.world_size)
     one_kernel = should_fuse_step(config.optim, config.engine, precision, device)
+    peers = find_peers(config.engine, precision, processes, lean)
     model.set_recompute(config.engine.recompute is Recompute.block)
     model.set_fp8(config.engine.fp8)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
@@ -294,7 +296,7 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     names = {parameter: name for name, parameter in model.named_parameters()}
     partition = partition_of(
-        wrapped.optimizer, names, processes.rank, processes.world_size, lean=lean, one_kernel=one_kernel
+        wrapped.optimizer, names, processes.rank, processes.world_size, lean=lean, one_kernel=one_kernel, peers=peers
     )
     sums = partition.sums()
     if fuse and sums:

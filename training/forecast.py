@@ -12,8 +12,9 @@ all ranks is a reduce-scatter and a gather, so twice the bytes):
                                    DeepSpeed's own way (`engine.lean_zero2`)
     stage 3    g·N·A, and 2·e·N·A  blocks gathered ahead in both passes, reduced beside the backward pass
 
-each times (W-1)/W. Sequence parallelism of P ranks exchanges, a layer and token of a rank, (2·H + 2·max(K, P))·D
-elements forward and as many backward, times (P-1)/P, and attention waits for each.
+each times (W-1)/W. Where GPUs of one host read each other's memory (`engine.copy_engines`), stages 2 and 3 bring
+gradients in the weights' dtype: e·N·A in place of g·N·A. Sequence parallelism of P ranks exchanges, a layer and token
+of a rank, (2·H + 2·max(K, P))·D elements forward and as many backward, times (P-1)/P, and attention waits for each.
 
 In a ring each byte is passed on at the slowest link's rate: the one inside a node as long as all ranks are in it, else
 the one between nodes. Each message passes W-1 links and so has their latencies. Of what is hidden, the first or last
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.schema import EngineConfig, ModelConfig, Precision, Recompute
+from configs.schema import EngineConfig, ModelConfig, Precision, Recompute, Toggle
 from model.dimensions import resolve_dimensions
 from model.flops import parameter_counts
 from training.backend import should_be_lean
@@ -67,6 +68,8 @@ class Job:
     world_size: int
     overlapped: bool
     """Whether communication runs beside computation (`engine.overlap_comm` on GPUs)."""
+    copied: bool = False
+    """Whether ranks read gradients from each other's memory (see `copies`)."""
 
     @property
     def micro_batch_tokens(self) -> float:
@@ -123,9 +126,15 @@ def traffic(job: Job) -> Traffic:
     return Traffic(ring * count * gradients, ring * count * weights, heads)
 
 
+def copies(engine: EngineConfig, element_bytes: int, world_size: int, node_size: int) -> bool:
+    """Whether GPUs that can read each other's memory do so (`training.peers`): those of one node, in half precision."""
+    possible = engine.zero_stage in (2, 3) and should_be_lean(engine) and element_bytes == 2
+    return possible and engine.copy_engines is not Toggle.off and 1 < world_size <= node_size
+
+
 def _summed_bytes(job: Job) -> int:
-    """Of an element of a gradient's sum."""
-    return 4 if job.engine.fp32_accumulation else job.element_bytes
+    """Of an element of a gradient as it travels."""
+    return 4 if job.engine.fp32_accumulation and not job.copied else job.element_bytes
 
 
 def _rounds(job: Job) -> int:

@@ -32,6 +32,8 @@ from typing import Final, Protocol
 
 import torch
 
+from training.peers import shared_bytes
+
 TRAIN_LOSS: Final = "train/loss"
 """Cross-entropy of the logged step, nats per token: the mean over the valid tokens of the global batch. No
 z-loss.
@@ -116,11 +118,11 @@ def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory used so far, in 10^9 bytes: by tensors on a GPU (`max_memory_allocated`), resident on a
-    CPU.
+    """Most memory used so far, in 10^9 bytes: by tensors on a GPU (`max_memory_allocated`, and what is shared with
+    other ranks), resident on a CPU.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return (torch.cuda.max_memory_allocated(device) + shared_bytes(device)) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

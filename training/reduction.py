@@ -11,6 +11,9 @@ A bucket is a matrix (W, n): row r is what rank r keeps. A parameter whose eleme
 last. Gradients wait for their bucket to be full; parameters larger than one are cut. While one bucket travels, on a
 stream of its own, the next fills; nothing here waits for the device.
 
+`PeerSums` reads the rows of other ranks from their memory, where they are as the products made them: half the bytes of
+fp32 and none of NCCL's kernels (`training.peers`).
+
 W ranks.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,13 +29,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.mean_kernel import add_mean_
+from training.peers import REDUCTIONS, Peers
+
 
 @dataclass
 class Bucket:
     """Memory that travels."""
 
     memory: Tensor
-    """fp32, (W·columns,)."""
+    """(W·columns,), fp32 or, where peers read it, the gradients' dtype."""
+    peers: list[Tensor] = field(default_factory=list)
+    """The same memory of each rank that this one can read."""
     reduced: torch.cuda.Event | None = None
     """After which it may be filled again; None: it may."""
 
@@ -59,13 +67,13 @@ class ShardedSums:
         """Columns of those."""
         self.columns = max(1, min(bucket_size // self.world_size, sum(shard.numel() for shard in shards.values())))
         """Of a full bucket."""
-        self.buckets = [Bucket(self.memory()) for _ in range(0 if self.world_size == 1 else 1 if stream is None else 2)]
+        count = 0 if self.world_size == 1 else 1 if stream is None else 2
+        self.buckets = [self.make_bucket() for _ in range(count)]
         self.hooks = [parameter.register_post_accumulate_grad_hook(self.add) for parameter in shards]
 
-    def memory(self) -> Tensor:
-        """Of a bucket."""
+    def make_bucket(self) -> Bucket:
         like = next(iter(self.shards.values()))
-        return torch.empty(self.world_size * self.columns, dtype=like.dtype, device=like.device)
+        return Bucket(torch.empty(self.world_size * self.columns, dtype=like.dtype, device=like.device))
 
     @torch.no_grad()
     def add(self, parameter: Tensor) -> None:
@@ -95,15 +103,15 @@ class ShardedSums:
         sums = [shard for _, shard in self.pending]
         self.forget()
         if self.stream is None:
-            self.send(whole, sums)
+            self.send(bucket, whole, sums)
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.send(whole, sums)
+            self.send(bucket, whole, sums)
             bucket.reduced = self.stream.record_event()
 
     def fill(self, bucket: Bucket) -> Tensor:
-        """The waiting gradients side by side, fp32, (W, waiting)."""
+        """The waiting gradients side by side in the bucket, (W, waiting)."""
         if bucket.reduced is not None:
             torch.cuda.current_stream().wait_event(bucket.reduced)
         whole = bucket.memory[: self.world_size * self.waiting].view(self.world_size, self.waiting)
@@ -112,8 +120,9 @@ class ShardedSums:
             place.copy_(part)
         return whole
 
-    def send(self, whole: Tensor, sums: list[Tensor]) -> None:
-        """Reduce `whole` (W, n), and add the mean of this rank's row to `sums`, n elements in all."""
+    def send(self, bucket: Bucket, whole: Tensor, sums: list[Tensor]) -> None:
+        """Reduce `whole` (W, n), which is the bucket's begin, and add the mean of this rank's row to `sums`, n elements
+        in all."""
         own = whole[dist.get_rank(self.group)]
         dist.reduce_scatter_tensor(own, whole.view(-1), group=self.group)
         parts = own.split([shard.numel() for shard in sums])
@@ -129,6 +138,41 @@ class ShardedSums:
         """Drop what waits."""
         self.pending.clear()
         self.waiting = 0
+
+
+class PeerSums(ShardedSums):
+    """The same where ranks read each other's memory."""
+
+    def __init__(
+        self,
+        shards: Mapping[nn.Parameter, Tensor],
+        group: dist.ProcessGroup | None,
+        bucket_size: int,
+        stream: torch.cuda.Stream | None,
+        peers: Peers,
+    ) -> None:
+        """`peers`: the ranks of the group."""
+        self.peers = peers
+        super().__init__(shards, group, bucket_size, stream)
+        self.arrived = self.buckets[0].memory.new_empty(self.world_size - 1, self.columns)
+        """This rank's row of the other ranks' buckets."""
+
+    def make_bucket(self) -> Bucket:
+        memories = self.peers.share(self.world_size * self.columns, next(iter(self.shards)).dtype)
+        return Bucket(memories[self.peers.rank], memories)
+
+    def send(self, bucket: Bucket, whole: Tensor, sums: list[Tensor]) -> None:
+        rank, waiting = self.peers.rank, whole.shape[1]
+        self.peers.barrier(REDUCTIONS)  # all ranks have filled theirs
+        for other in self.peers.others():
+            row = bucket.peers[other].narrow(0, rank * waiting, waiting)
+            self.arrived[other - (other > rank), :waiting].copy_(row, non_blocking=True)
+        self.peers.barrier(REDUCTIONS)  # all ranks have read this one
+        begin = 0
+        for shard in sums:
+            end = begin + shard.numel()
+            add_mean_(shard, whole[rank, begin:end], self.arrived[:, begin:end], rank)
+            begin = end
 
 
 def in_rows(gradient: Tensor, world_size: int) -> Tensor:

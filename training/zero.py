@@ -20,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from training.gathers import PeerGathers
 from training.optimizer import ReplicatedAdamW, adam_state, split, update_flat, update_in_one_kernel
-from training.reduction import ShardedSums, ShardedWeights, rows_of
+from training.peers import Peers
+from training.reduction import PeerSums, ShardedSums, ShardedWeights, rows_of
 
 LOG = logging.getLogger(__name__)
 
@@ -332,9 +334,13 @@ class Lean(Partition):
 
     reduction: ShardedSums
 
-    def __init__(self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool) -> None:
+    def __init__(
+        self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool, peers: Peers | None
+    ) -> None:
+        """`peers`: the ranks, if they read each other's memory."""
         super().__init__(wrapper, adamw, names)
         self.one_kernel = one_kernel
+        self.peers = peers
         self.factor: float | Tensor = 1.0
         """The next step multiplies gradients by this; a tensor only with `one_kernel`."""
         self.alone = dist.get_world_size(wrapper.dp_process_group) == 1
@@ -349,7 +355,11 @@ class Lean(Partition):
     def sum_up(self, shards: Mapping[nn.Parameter, Tensor], stream: torch.cuda.Stream | None) -> None:
         """Replace DeepSpeed's hooks and step. `shards`, `stream`: see `ShardedSums`."""
         stream = stream if self.flats[0].is_cuda and not self.alone else None
-        self.reduction = ShardedSums(shards, self.wrapper.dp_process_group, self.wrapper.reduce_bucket_size, stream)
+        group, bucket_size = self.wrapper.dp_process_group, self.wrapper.reduce_bucket_size
+        if self.peers is None:
+            self.reduction = ShardedSums(shards, group, bucket_size, stream)
+        else:
+            self.reduction = PeerSums(shards, group, bucket_size, stream, self.peers)
         for hook in self.wrapper._grad_acc_hooks:
             hook.remove()
         self.wrapper._grad_acc_hooks[:] = self.reduction.hooks  # to be removed by its destroy()
@@ -406,8 +416,10 @@ class LeanStage2(Lean):
     the weights of its part side by side, which the others gather.
     """
 
-    def __init__(self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool) -> None:
-        super().__init__(wrapper, adamw, names, one_kernel)
+    def __init__(
+        self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool, peers: Peers | None
+    ) -> None:
+        super().__init__(wrapper, adamw, names, one_kernel, peers)
         self.rank = dist.get_rank(wrapper.dp_process_group)
         ranks = dist.get_world_size(wrapper.dp_process_group)
         self.members: list[list[nn.Parameter]] = wrapper.bit16_groups
@@ -497,8 +509,10 @@ class LeanStage3(Lean, Stage3):
     DeepSpeed would free them after each use, which makes the host wait for the device when they are used again.
     """
 
-    def __init__(self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool) -> None:
-        super().__init__(wrapper, adamw, names, one_kernel)
+    def __init__(
+        self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool, peers: Peers | None
+    ) -> None:
+        super().__init__(wrapper, adamw, names, one_kernel, peers)
         self.flats = list(wrapper.grad_partitions_flat_buffer.split(wrapper.fp16_partitioned_groups_flat_numel))
         for hook in wrapper._leaf_module_hooks:
             hook.remove()
@@ -507,6 +521,7 @@ class LeanStage3(Lean, Stage3):
             bucket.buffer = None
         if self.alone:
             self.stay()
+        self.gathers = None if peers is None else PeerGathers(wrapper, names, peers)
         self.sum_up({parameter: self.shard(parameter) for parameter in names}, wrapper.reduce_and_partition_stream)
 
     @staticmethod
@@ -516,7 +531,7 @@ class LeanStage3(Lean, Stage3):
             "grad_partitions_flat_buffer", "grad_position", "sub_group_to_group_id", "partition_count",
             "reduce_and_partition_stream", "reduce_bucket_size", "dp_process_group", "ipg_buckets", "_grad_acc_hooks",
             "_leaf_module_hooks", "overlapping_partition_gradients_reduce_epilogue", "_optimizer_step", "_pre_step",
-            "parameter_offload",
+            "parameter_offload", "lp_param_buffer", "_unflatten_partitioned_parameters",
         )  # fmt: skip
         if not all(hasattr(wrapper, name) for name in needed) or not hasattr(wrapper.parameter_offload, GATHER_STREAM):
             return False
@@ -552,7 +567,7 @@ class LeanStage3(Lean, Stage3):
         self.wrapper._pre_step()
         if not self.alone:
             self.wrapper._partition_all_parameters()
-            self.wait_for_gathers()
+            self.finish_gathers()
         if self.one_kernel:
             call_pre_hooks(self.adamw)
         for group, weights in enumerate(self.wrapper.fp16_partitioned_groups_flat):
@@ -561,23 +576,28 @@ class LeanStage3(Lean, Stage3):
         if not self.alone:
             self.gather_resident()
 
-    def wait_for_gathers(self) -> None:
-        """Keep the update behind gathers that are still to read what it writes."""
+    def finish_gathers(self) -> None:
+        """Keep the update behind gathers that are still to read what it writes, where others read it also theirs."""
         stream = getattr(self.wrapper.parameter_offload, GATHER_STREAM)
         if stream is not None:
             torch.cuda.current_stream(self.flats[0].device).wait_stream(stream)
+        if self.gathers is not None:
+            self.gathers.barrier()
 
     def gather_resident(self) -> None:
         """In one message; DeepSpeed's way is one a parameter, and then to wait for the device.
 
         That wait also kept what the next forward pass gathers, on a stream of its own, behind the update.
         """
+        if self.gathers is not None:
+            self.gathers.barrier()  # all ranks have written what is read from now on
         stream = getattr(self.wrapper.parameter_offload, GATHER_STREAM)
         if stream is not None:  # as on a CPU
             stream.wait_stream(torch.cuda.current_stream(self.flats[0].device))
         resident = self.wrapper.persistent_parameters
         if resident:
-            resident[0].all_gather_coalesced(resident).wait()
+            gather: Any = resident[0].all_gather_coalesced
+            gather(resident).wait()
 
     def drop(self) -> None:
         super().drop()
@@ -588,6 +608,8 @@ class LeanStage3(Lean, Stage3):
 
     def refresh(self) -> None:
         if not self.alone:
+            self.wrapper._partition_all_parameters()
+            self.finish_gathers()
             Stage3.refresh(self)
             return
         for group in range(len(self.flats)):
@@ -627,11 +649,13 @@ def partition_of(
     *,
     one_kernel: bool = False,
     lean: bool = False,
+    peers: Peers | None = None,
 ) -> Partition:
     """The interface to DeepSpeed's optimizer `wrapper`. Raises `TypeError` for one that we don't know.
 
     `lean`: `engine.lean_zero2` or `lean_zero3`, resolved, with `one_kernel` that way's step; DeepSpeed's own way all
-    the same, with a warning, if its wrapper isn't the one that we know.
+    the same, with a warning, if its wrapper isn't the one that we know. `peers`: for our way, the ranks that read each
+    other's memory.
     """
     if isinstance(wrapper, ReplicatedAdamW):
         return Replicated(wrapper, names, rank, world_size)
@@ -642,7 +666,7 @@ def partition_of(
     if lean and kind in (Stage12, Stage3):
         stage, leaner = (2, LeanStage2) if kind is Stage12 else (3, LeanStage3)
         if leaner.knows(wrapper):
-            return leaner(wrapper, wrapper.optimizer, names, one_kernel)
+            return leaner(wrapper, wrapper.optimizer, names, one_kernel, peers)
         LOG.warning(
             f"engine.lean_zero{stage}: made for DeepSpeed 0.19.8, whose ZeRO-{stage} is laid out otherwise than this "
             "one's; off"

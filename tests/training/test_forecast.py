@@ -8,7 +8,7 @@ import pytest
 
 from configs.schema import EngineConfig, ModelConfig, Recompute, Toggle
 from model.flops import parameter_counts
-from training.forecast import Cluster, Job, checkpoint_bytes, forecast, traffic
+from training.forecast import Cluster, Job, checkpoint_bytes, copies, forecast, traffic
 
 MODEL = ModelConfig(num_layers=4, num_heads=8, num_kv_heads=2, width=64, sequence_length=128, vocab_size=256)
 COUNT = parameter_counts(MODEL).total
@@ -24,6 +24,21 @@ def job(stage: int, world_size: int = 4, **engine: object) -> Job:
 def test_bytes_by_stage(stage: int, per_weight: int) -> None:
     assert traffic(job(stage)).total == pytest.approx(COUNT * per_weight * 3 / 4)
     assert traffic(job(stage, world_size=1)).total == 0
+
+
+@pytest.mark.parametrize(("stage", "per_weight"), [(2, 3 * 2 + 2), (3, 3 * 2 + 3 * 2 * 2)])
+def test_bytes_where_gpus_read_each_others_memory(stage: int, per_weight: int) -> None:
+    assert traffic(replace(job(stage), copied=True)).total == pytest.approx(COUNT * per_weight * 3 / 4)
+
+
+def test_where_gpus_read_each_others_memory() -> None:
+    """Two or more of one node, in half precision, by our code at stages 2 and 3."""
+    for stage in range(4):
+        assert copies(EngineConfig(zero_stage=stage), 2, 8, 8) is (stage > 1)
+    config = EngineConfig(zero_stage=3)
+    assert not any(copies(config, *given) for given in [(4, 8, 8), (2, 1, 8), (2, 16, 8)])
+    for key in ("copy_engines", "lean_zero3"):
+        assert not copies(replace(config, **{key: Toggle.off}), 2, 8, 8)  # type: ignore[arg-type]
 
 
 def test_bytes_of_deepspeeds_stage_2() -> None:

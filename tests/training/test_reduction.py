@@ -17,7 +17,7 @@ from tests.ranks import on_ranks
 from tests.training.conftest import Build, make_engine, run_config, train
 from training import backend, distributed, engine
 from training.backend import should_be_lean
-from training.reduction import Bucket, ShardedSums, ShardedWeights, in_rows, rows_of
+from training.reduction import ShardedSums, ShardedWeights, in_rows, rows_of
 from training.zero import GATHER_STREAM, LeanStage2, LeanStage3, Stage3, Stage12
 
 SHAPES = ((7, 5), (4,), (61, 3), (1,), (2, 2))
@@ -72,7 +72,7 @@ def gathered(bucket_size: int, buckets: int, dtype: torch.dtype) -> list[Any]:
     own = distributed.init(Device.cpu, timeout_minutes=0.5)
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
     sums = ShardedSums({p: torch.zeros(-(-p.numel() // own.world_size)) for p in parameters}, None, bucket_size, None)
-    sums.buckets = [Bucket(sums.memory()) for _ in range(buckets)]  # two are a GPU's
+    sums.buckets = [sums.make_bucket() for _ in range(buckets)]  # two are a GPU's
     rows = [rows_of(p, own.world_size) for p in parameters]
     values = [in_rows(gradient(0, 0, index).to(dtype), own.world_size)[own.rank] for index in range(len(SHAPES))]
     parts = [torch.cat(values[:3]), torch.cat(values[3:])]

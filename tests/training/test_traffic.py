@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.schema import Device, Precision, RunConfig, Toggle
+from tests.peers import FilePeers, Watched
 from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_model, run_config
-from training import backend, distributed
+from training import backend, distributed, engine
 from training.batch import data_ranks, resolve_batch
 from training.distributed import Processes
 from training.engine import build_engine
@@ -79,6 +80,36 @@ def bytes_of_steps() -> dict[tuple[int, Toggle], dict[str, int]]:
     own.barrier()
     own.close()
     return found
+
+
+def bytes_read() -> dict[int, tuple[int, dict[str, int]]]:
+    """By stage, what one of two ranks reads from the other's memory in a step, and what it sends meanwhile."""
+    sent: Counter[str] = Counter()
+    count_bytes(sent)
+    own = distributed.init(Device.cpu)
+    nothing = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    backend.gathering = lambda _: nothing | {"stage3_prefetch_bucket_size": 0}
+    engine.find_peers = lambda *_: FilePeers(own)
+    found = {}
+    for stage in (2, 3):
+        config, before = config_of(stage, Toggle.auto), Watched.read
+        sending = bytes_of_a_step(config, own, sent)
+        found[stage] = ((Watched.read - before) // 3, sending)  # three steps; each gathers alike
+    own.barrier()
+    own.close()
+    return found
+
+
+def test_ranks_read_what_was_predicted() -> None:
+    """From each other's memory: gradients in bf16, and at stage 3 weights. At stage 2 weights are sent."""
+    for stage, (read, sending) in on_ranks(2, bytes_read)[0].items():
+        config = config_of(stage, Toggle.auto)
+        expected = traffic(Job(config.model, config.engine, 2, 1, 3, world_size=2, overlapped=False, copied=True))
+        by_messages = expected.weights if stage == 2 else 0
+        assert read == expected.gradients + expected.weights - by_messages
+        assert sending.get(WEIGHTS, 0) == by_messages
+        assert sending[HEADS] == expected.heads
+        assert sending[GRADIENTS] <= 64
 
 
 @pytest.fixture(scope="module")

@@ -287,6 +287,9 @@ GRADIENT_NODE = "autograd::engine::evaluate_function: torch::autograd::Accumulat
         ("triton_poi_fused__to_copy_add_mul_sigmoid_3", (), C.activations),
         ("_add_norm_kernel", (), C.norms),
         ("_adamw_kernel", (), C.optimizer),
+        ("_add_mean_kernel", (BACKWARD,), C.accumulation),
+        ("void c10d::symmetric_memory::barrier_kernel(unsigned int**, int, int, int)", (), C.communication),
+        ("Memcpy PtoP (Device -> Device)", ("aten::copy_", BACKWARD), C.communication),
         ("_add_norm_backward_kernel", (), C.norms),
         ("triton_red_fused_sum_7", (), C.elementwise),
         ("triton_poi_fused__to_copy_t_9", (), C.copies),
@@ -341,6 +344,7 @@ def test_our_kernels_are_called_so() -> None:
     """Names in the table are those of the kernels' functions."""
     hopper, portable = "kernels.attention.hopper", "kernels.attention.portable"
     places = ["kernels.attention.flash1", "model.loss_kernel", "model.norm_kernel", "training.adamw_kernel"]
+    places += ["training.mean_kernel"]
     places += [f"{portable}.forward", f"{portable}.backward"]
     places += [f"{hopper}.{module}" for module in ("elementwise", "gluon_backward", "gluon_forward")]
     modules = [importlib.import_module(place) for place in places]

@@ -24,14 +24,19 @@ KINDS = {
     "reduce-scatter": re.compile(r"reduce_?scatter", re.IGNORECASE),
     "all-reduce": re.compile(r"all_?reduce", re.IGNORECASE),
     "exchange": re.compile(r"all_?to_?all|sendrecv", re.IGNORECASE),
+    "peer copy": re.compile(r"Memcpy PtoP", re.IGNORECASE),
+    "barrier": re.compile(r"barrier", re.IGNORECASE),
 }
-"""Kind of a collective → names of NCCL's kernels and of gloo's work; others are `other`."""
+"""Kind of a collective → names of NCCL's kernels and of gloo's work; others are `other`. What copy engines bring from
+another GPU (`training.peers`) is a kind of its own: weights or gradients."""
 COLORS = {
     "compute": "#4477aa",
     "gather": "#ee8866",
     "reduce-scatter": "#cc3311",
     "all-reduce": "#aa3377",
     "exchange": "#ddcc77",
+    "peer copy": "#ee8866",
+    "barrier": "#bbbbbb",
     "other": "#999999",
 }
 FINEST = 2000

@@ -78,10 +78,13 @@ OUR_KERNELS: dict[str, Category] = {
     "_add_norm_backward_kernel": C.norms,
     # training.adamw_kernel
     "_adamw_kernel": C.optimizer,
+    # training.mean_kernel
+    "_add_mean_kernel": C.accumulation,
 }
 """Triton kernels of this repository: their functions' names."""
 
-COMMUNICATION = re.compile(r"nccl|rccl|oneccl|c10d::|gloo:|record_param_comms", re.IGNORECASE)
+COMMUNICATION = re.compile(r"nccl|rccl|oneccl|c10d::|gloo:|record_param_comms|Memcpy PtoP", re.IGNORECASE)
+"""Of collectives, and of `training.peers`: copies from another GPU and c10d's barriers."""
 _ATTENTION = re.compile(r"flash|fmha|sdpa|_scaled_dot_product|attention|(?<!log)_softmax", re.IGNORECASE)
 _GRADIENT = re.compile(r"bwd|bprop|backward|cutlassB|dkdv|_dq|dot_do_o|convert_dq", re.IGNORECASE)
 _MATMUL = re.compile(
