@@ -7,7 +7,7 @@ BIN := .venv/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: train test lint soak test-gpu compile-check constraints clean
+.PHONY: train test lint soak test-gpu compile-check docs constraints clean
 
 train: .venv/installed
 	@$(BIN)/python train.py $(ARGS)
@@ -37,6 +37,9 @@ test-gpu: .venv/installed
 
 compile-check: .venv/installed
 	@$(BIN)/python scripts/compile_check.py --triton 3.6.0 3.9.0 $(ARGS)
+
+docs: .venv/installed
+	@$(BIN)/python -m configs.reference > docs/configuration.md
 
 constraints: .venv/installed
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt

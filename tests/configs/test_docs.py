@@ -11,6 +11,7 @@ import pytest
 
 from configs import SECTIONS, compose, reference
 from configs.messages import schema_keys
+from scripts.bench_implementations import parse_implementation
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,3 +120,13 @@ def test_flags_exist(name: str) -> None:
     )
     unknown = {flag for flag in used if re.match(r"--?[a-z]", flag)} - set(re.findall(r"--?[a-z][\w-]*", given.stdout))
     assert not unknown, f"scripts/{name}.py has no {unknown}"
+
+
+def test_variants_of_tiles_exist() -> None:
+    """Every `hopper[...]` and `portable[...]`, also of the bench's own documentation, names fields that are there."""
+    texts = [*(page.read_text() for page in PAGES), (ROOT / "scripts" / "bench_attention.py").read_text()]
+    variants = {v for text in texts for v in re.findall(r"\b(?:hopper|portable)\[\w+=[^\].]*\]", text)}
+    assert len(variants) > 10
+    for variant in sorted(variants):
+        with parse_implementation("".join(variant.split()))[1]():
+            pass
