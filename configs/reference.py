@@ -36,8 +36,8 @@ The options of groups are read first, then the experiment, then single keys from
 An experiment may choose options itself; one that the command line names takes the place of its choice, and the
 experiment's single keys still hold. The column "default" is the schema's. The default experiment, `quickstart`, and the
 default options change some of it: `--cfg job` shows what a run really gets, and so does `config.yaml` in its folder.
-`null` is no value; lists are written `[a,b]`; text with spaces, commas or brackets needs quotes inside the shell's:
-`'train.sample_prompt="a, b"'`.
+`null` is no value; lists are written `[a,b]` (`'...=[a,b]'` in zsh); text with spaces, commas or brackets needs quotes
+inside the shell's: `'train.sample_prompt="a, b"'`.
 
 A key that doesn't exist, a value of the wrong type, and keys that contradict each other are errors that name the key
 and the remedy, before anything is built; all contradictions are listed at once. `HYDRA_FULL_ERROR=1` shows a traceback.
