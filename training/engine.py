@@ -48,10 +48,11 @@ from training.backend import (
 )
 from training.batch import BatchPlan
 from training.distributed import Processes
+from training.lean_zero import partition_of
 from training.optimizer import LossScale, ReplicatedAdamW, adamw_arguments, fp16_scale
 from training.peers import find_peers
 from training.step import HostCopy, Step, StepResult, clip_factor, clip_factor_on_device
-from training.zero import Bf16Stage1, Partition, Replicated, Stage3, Stage12, partition_of
+from training.zero import Bf16Stage1, Partition, Replicated, Stage3, Stage12
 
 if TYPE_CHECKING:
     from data import GlobalBatch, MicroBatch

@@ -15,8 +15,8 @@ from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_engine, run_config
 from training import distributed, rng
 from training.distributed import Processes
+from training.lean_zero import Lean
 from training.peers import SymmetricPeers
-from training.zero import Lean
 
 pytestmark = [
     pytest.mark.gpu,

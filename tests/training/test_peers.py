@@ -25,11 +25,11 @@ from training import checkpoint, distributed, engine, metrics, peers
 from training.backend import should_be_lean
 from training.distributed import Processes
 from training.gathers import PeerGathers
+from training.lean_zero import LeanStage2, LeanStage3
 from training.mean_kernel import BLOCK, CPU_BLOCK, add_mean_, launch
 from training.peers import REDUCTIONS, UPDATES, Peers, find_peers
 from training.reduction import PeerSums, in_rows
 from training.state import TrainState
-from training.zero import LeanStage2, LeanStage3
 
 STEPS = 4
 

@@ -17,8 +17,9 @@ from tests.ranks import on_ranks
 from tests.training.conftest import Build, make_engine, run_config, train
 from training import backend, distributed, engine
 from training.backend import should_be_lean
+from training.lean_zero import GATHER_STREAM, LeanStage2, LeanStage3
 from training.reduction import ShardedSums, ShardedWeights, in_rows, rows_of
-from training.zero import GATHER_STREAM, LeanStage2, LeanStage3, Stage3, Stage12
+from training.zero import Stage3, Stage12
 
 SHAPES = ((7, 5), (4,), (61, 3), (1,), (2, 2))
 MICRO_BATCHES = 3
