@@ -4,6 +4,7 @@ runs/<name>/
   config.yaml      the resolved config
   metrics.jsonl    one object per logged step
   curves.png       loss and MFU
+  tokenizer.json   what text became tokens by, and in tokenizer_config.json the separator of documents
   checkpoints/     step_XXXXXXXX/ and the pointer `latest`
   wandb/           wandb's own files
   run.log          everything that libraries said, and tracebacks
@@ -32,7 +33,7 @@ TOKENIZER = "tokenizer.json"
 WATERFALL = ("waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz")
 RECORD = ("metrics.jsonl", "curves.png", *WATERFALL)
 """What of it tells of the steps that were done."""
-OURS = ("config.yaml", *RECORD, TOKENIZER, "checkpoints", "wandb", "run.log")
+OURS = ("config.yaml", *RECORD, TOKENIZER, "tokenizer_config.json", "checkpoints", "wandb", "run.log")
 """What a run writes; anything else in the folder is the user's and stays."""
 
 

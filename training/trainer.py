@@ -32,6 +32,7 @@ from data.preparation import Progress as DataProgress
 from data.preparation import ProgressCallback
 from data.progress import show_progress
 from data.report import describe_packing
+from data.tokenizer import name_separator
 from model import build_model, resolve_attention
 from model.flops import flops_per_token, parameter_counts
 from model.generate import generate
@@ -131,6 +132,7 @@ class Trainer:
         self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
         if processes.is_main:
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
+            name_separator(session.folder.path, self.corpus.manifest.eos_token)
             self._keep_earlier_metrics()
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
@@ -458,7 +460,8 @@ class Trainer:
         if not self.processes.is_main and self.config.engine.zero_stage < 3:
             return
         prompt = self.config.train.sample_prompt
-        ids = self.tokenizer.encode(prompt).ids or [self.corpus.eos_id]
+        # Without what a tokenizer puts around a text: documents were prepared without, so the model has never seen it.
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids or [self.corpus.eos_id]
         device = self.processes.device
         start = torch.tensor([ids], device=device)  # (1, T)
         generator = torch.Generator(device).manual_seed(self.config.seed)

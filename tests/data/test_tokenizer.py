@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data import DataError, PreparedData, load_tokenizer
+from data import DataError, PreparedData, load_tokenizer, prepare, prepare_tokenizer
 from data.tokenizer import END_OF_TEXT, fetch_tokenizer, inspect_tokenizer, tokenizer_identity, train_tokenizer
 from data.worker import encode_batch, load
-from tests.data.conftest import make_texts, write_jsonl
+from tests.data.conftest import jsonl_config, make_texts, write_jsonl
 
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 
@@ -158,6 +158,22 @@ def test_by_file_and_by_folder(tiny: PreparedData, tmp_path: Path) -> None:
     info = inspect_tokenizer(by_folder, separator)
     assert (info.eos_token, info.eos_id, info.vocab_size) == ("<end>", tiny.vocab_size, tiny.vocab_size + 1)
     assert tokenizer_identity(str(folder)) != tokenizer_identity(str(tiny.tokenizer_path))
+
+
+def test_another_separator_is_another_corpus(tiny: PreparedData, tmp_path: Path) -> None:
+    """Of the same tokenizer.json: documents begin with another token."""
+    corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(40))
+    tokenizer, _ = fetch_tokenizer(str(tiny.tokenizer_path), tmp_path)
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = jsonl_config(corpus, tmp_path / "cache", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert prepare(config).manifest.eos_token == END_OF_TEXT
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    other = prepare(config)
+    assert (other.manifest.eos_token, other.eos_id) == ("<end>", tiny.vocab_size)
+    assert all(tokens[0] == other.eos_id for tokens in other.train.documents())
+    by_path, separator = fetch_tokenizer(str(prepare_tokenizer(config)), tmp_path)  # as of a run that has no copy
+    assert inspect_tokenizer(by_path, separator).eos_token == "<end>"
 
 
 @pytest.mark.parametrize("content", ["{ half", "[1]", '{"eos_token": {}}', '{"eos_token": 7}'])
