@@ -448,7 +448,7 @@ def _build(plan: _Plan, folder: Path, report: ProgressCallback) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         state = _State(_holdout_threshold(plan))
-    shutil.copyfile(tokenizer_path, partial / TOKENIZER)
+    write_synced(partial / TOKENIZER, tokenizer_path.read_bytes())
     splits = _tokenize(plan, info, partial, state, report)
     _check_splits(plan, splits, state)
     source = {**plan.source.identity(), **({"commit": state.commit} if state.commit else {})}
@@ -471,8 +471,6 @@ def _build(plan: _Plan, folder: Path, report: ProgressCallback) -> None:
 def _publish(partial: Path, folder: Path) -> None:
     """Makes the finished corpus appear under its name."""
     _remove_leftovers(partial)
-    with open(partial / TOKENIZER, "rb") as file:
-        os.fsync(file.fileno())
     sync_folder(partial)
     os.rename(partial, folder)
     sync_folder(folder.parent)

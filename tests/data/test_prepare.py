@@ -208,6 +208,28 @@ def test_a_lost_partial_file_means_beginning_anew(big: tuple[Path, Path, str], t
     assert not can_resume(tmp_path / "split", "<u2", state)
 
 
+def test_going_on_leaves_the_tokenizer_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill, or a disk that others fill, while it is written again must not cost what was finished: the file that is
+    there stays until another is whole."""
+    config = jsonl_config(write_jsonl(tmp_path / "a.jsonl", make_texts(60)), tmp_path / "cache")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.preparation._check_splits", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    (partial,) = (tmp_path / "cache").glob("*.partial")
+    assert (partial / STATE).is_file()
+    there = partial / "tokenizer.json"
+    there.write_text(there.read_text() + "\n")
+    os.link(there, tmp_path / "kept")
+    before = (tmp_path / "kept").read_bytes()
+    prepare(config)
+    assert (tmp_path / "kept").read_bytes() == before
+
+
 def test_a_writer_goes_on_where_its_state_was(tmp_path: Path) -> None:
     """What was written after the state is cut off; the shards equal those of a writer that was never stopped."""
     rng = np.random.default_rng(0)
