@@ -464,7 +464,8 @@ def finish(engine: Engine, manifest: Manifest, checkpoint: Path) -> list[str]:
     if ranks == manifest.world_size:
         return []
     return [
-        f"{checkpoint.name} was written by {manifest.world_size} ranks, now {ranks}: equal up to rounding and dropout"
+        f"{checkpoint.name} was written by {manifest.world_size} ranks, now {ranks}: with the same global batch equal "
+        "up to rounding and dropout"
     ]
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from configs.errors import UserError
-from configs.schema import RunConfig
+from configs.schema import EngineConfig, RunConfig, TrainConfig
 from data import PreparedData, TokenLoader
 from training import checkpoint
+from training.batch import data_ranks, resolve_batch
+from training.checkpoint import Manifest
 from training.console import Terminal, short_path
 from training.differences import Difference, compare_configs
 from training.engine import Engine
 from training.run import RunFolder
 from training.state import TrainState
 
+T = TypeVar("T")
 MAX_DIFFERENCES = 12
 """Differing keys that are listed one by one."""
 SAMPLE_KEYS = ("model.sequence_length", "data.packing")
 """They say what a sample is: with others, so many samples are another place in the corpus."""
+BATCH = "train.global_batch_size"
+"""Sequences a step; left out, they follow from the micro-batch and the ranks."""
 DIVISION = "data.shard_tokens"
 """Where the corpus is divided into shards, by which its hash goes."""
 
@@ -77,7 +84,8 @@ def resume(
     state = loaded.state
     differences: list[Difference] = []
     if state.step > 0:  # a checkpoint of step 0 is an imported model, of which nothing has to stay
-        differences = judged(compare_configs(loaded.manifest.config, config), corpus)
+        differences = compare_configs(loaded.manifest.config, config)
+        differences = judged(with_batch(differences, loaded.manifest, config, engine.processes.world_size), corpus)
     report_differences(differences, terminal)
     if any(difference.key in SAMPLE_KEYS for difference in differences):
         state = replace(state, consumed_samples=loader.position_after(state.tokens_seen))
@@ -92,6 +100,23 @@ def resume(
             )
     own = folder.path.resolve() in loaded.path.resolve().parents
     return replace(state, corpus_hash=corpus.content_hash, wandb_id=state.wandb_id if own else None)
+
+
+def with_batch(differences: list[Difference], saved: Manifest, config: RunConfig, world_size: int) -> list[Difference]:
+    """The same differences, but of the global batch as it comes out: where other keys decide it, it is another on other
+    ranks though no key differs, and may be the same though the keys do."""
+    engine = from_plain(EngineConfig, saved.config["engine"])
+    train = from_plain(TrainConfig, saved.config["train"])
+    before = resolve_batch(train, data_ranks(engine, saved.world_size)).global_batch_size
+    now = resolve_batch(config.train, data_ranks(config.engine, world_size)).global_batch_size
+    others = [difference for difference in differences if difference.key != BATCH]
+    return others if before == now else [Difference(BATCH, before, now, matters=True), *others]
+
+
+def from_plain(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A section of a checkpoint's config; keys younger than it have their defaults, as then."""
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in known})
 
 
 def judged(differences: list[Difference], corpus: PreparedData) -> list[Difference]:

@@ -180,6 +180,17 @@ def test_changed_keys_are_reported(runs: Runs, tmp_path: Path) -> None:
     assert "train.log_every was 1, is 2: changes rounding, speed or output at most" in result.stdout
 
 
+def test_a_batch_that_follows_from_the_ranks_is_reported(runs: Runs, tmp_path: Path) -> None:
+    """No key differs, and yet a step takes half of what it took; with other keys it is the same again."""
+    free = [f"run_dir={tmp_path}", "train.global_batch_size=null"]
+    runs.forked(*free, "train.micro_batch_size=2", "train.steps=2", processes=2)
+    told = "train.global_batch_size was 4, is 2: the run goes on differently"
+    assert told in runs.forked(*free, "train.micro_batch_size=2", "train.steps=2").stdout
+    same = runs.forked(f"run_dir={tmp_path}", "train.global_batch_size=4", "train.steps=2").stdout
+    assert "Going on from" in same
+    assert "goes on differently" not in same
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [(("zero1", 2), ("zero1", 1)), (("zero2", 1), ("zero3", 2)), (("zero3", 2), ("zero1", 1))],
