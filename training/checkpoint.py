@@ -39,12 +39,13 @@ from training import rng
 from training.distributed import Processes
 from training.engine import Engine
 from training.optimizer import LossScale
+from training.run import POINTER
 from training.shards import CorruptError, ShardReader, ShardRecord, TensorRecord, checksum, write_shard
 from training.state import TrainState
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
-PREFIX, TEMPORARY, POINTER, MANIFEST = "step_", ".tmp", "latest", "manifest.json"
+PREFIX, TEMPORARY, MANIFEST = "step_", ".tmp", "manifest.json"
 MASTER, FIRST, SECOND = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, FIRST, SECOND)
 T = TypeVar("T")

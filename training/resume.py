@@ -16,7 +16,7 @@ from training.checkpoint import Manifest
 from training.console import Terminal, short_path
 from training.differences import Difference, compare_configs
 from training.engine import Engine
-from training.run import RunFolder
+from training.run import RunFolder, has_saved
 from training.state import TrainState
 
 T = TypeVar("T")
@@ -51,9 +51,7 @@ def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
 def on_restart(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The config of a run that its launcher starts again: `resume` says where the first start begins, and the later
     ones go on from what the run has saved since, if it has."""
-    pointer = folder.checkpoints / checkpoint.POINTER
-    saved = pointer.is_file() and pointer.stat().st_mtime_ns > folder.start.stat().st_mtime_ns
-    return replace(config, resume="auto") if saved else config
+    return replace(config, resume="auto") if has_saved(folder) else config
 
 
 def resume(

@@ -30,6 +30,8 @@ from configs.messages import plain
 from configs.schema import RunConfig
 
 TOKENIZER = "tokenizer.json"
+POINTER = "latest"
+"""In `checkpoints`: names the newest one."""
 WATERFALL = ("waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz")
 RECORD = ("metrics.jsonl", "curves.png", *WATERFALL)
 """What of it tells of the steps that were done."""
@@ -109,7 +111,7 @@ def claim(folder: RunFolder, resume: str, start: Mapping[str, str] | None = None
             if resume == "never" and not again:
                 move_aside(folder)
             if not again:
-                folder.start.write_text(json.dumps(dict(start or {})))
+                folder.start.write_text(json.dumps({**(start or {}), POINTER: pointer_state(folder)}))
         yield again
 
 
@@ -124,6 +126,21 @@ def is_restart(folder: RunFolder, start: Mapping[str, str]) -> bool:
         return True
     same_job = "slurm_job" in start and start["slurm_job"] == first.get("slurm_job")
     return same_job and start["slurm_restarts"] != first.get("slurm_restarts")
+
+
+def has_saved(folder: RunFolder) -> bool:
+    """Whether the run of a launcher that starts it again has saved since the first of these starts."""
+    first = json.loads(folder.start.read_text())
+    return pointer_state(folder) not in (None, first.get(POINTER))
+
+
+def pointer_state(folder: RunFolder) -> str | None:
+    """Which file the pointer is and what it says, to be compared: its age alone would be wrong once a clock is set."""
+    pointer = folder.checkpoints / POINTER
+    if not pointer.is_file():
+        return None
+    status = pointer.stat()
+    return f"{pointer.read_text().strip()} {status.st_ino} {status.st_mtime_ns}"
 
 
 @contextmanager

@@ -143,6 +143,17 @@ def test_a_launcher_that_starts_a_run_again_goes_on(tmp_path: Path, resume: str)
         assert folder.checkpoints.exists() is (resume != "never")
 
 
+def test_a_clock_that_is_set_back_loses_no_checkpoint(tmp_path: Path) -> None:
+    """The time of a start may lie ahead of all that follows: a node that had no time yet, another one's clock."""
+    folder = RunFolder(tmp_path)
+    with claim(folder, "never", slurm(0)):
+        save(folder)
+        os.utime(folder.checkpoints / "latest", (0, 0))
+    with claim(folder, "never", slurm(1)) as again:
+        assert again
+        assert on_restart(compose(["resume=never"]), folder).resume == "auto"
+
+
 def test_torchruns_restarts_are_known_by_its_process(tmp_path: Path) -> None:
     """Whatever it counts: after the loss of another node it counts none."""
     folder, start = RunFolder(tmp_path), start_of({"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"})
