@@ -140,12 +140,13 @@ def test_longer_samples_go_on_where_the_shorter_ones_were(runs: Runs, tmp_path: 
 
 
 def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoint(runs: Runs, tmp_path: Path) -> None:
-    """And not from the other run's, where it began."""
+    """And not from the other run's, where it began: that may be gone."""
     first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
     steady = "optim.schedule=constant"
     runs.run(f"run_dir={first}", "train.steps=2", steady)
     job = {"SLURM_JOB_ID": "7"}
     runs.run(f"run_dir={second}", f"resume={first}", "train.steps=4", steady, environment=job)
+    shutil.rmtree(first)
     again = runs.run(f"run_dir={second}", f"resume={first}", steady, environment=job | {"SLURM_RESTART_COUNT": "1"})
     assert "second/checkpoints/step_00000004, 4 steps done" in again.stdout.replace("\n", "")
     runs.run(f"run_dir={whole}", steady)
