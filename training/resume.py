@@ -84,7 +84,7 @@ def resume(
     if state.step > 0:  # a checkpoint of step 0 is an imported model, of which nothing has to stay
         differences = compare_configs(loaded.manifest.config, config)
         differences = judged(with_batch(differences, loaded.manifest, config, engine.processes.world_size), corpus)
-    report_differences(differences, terminal)
+    report_differences(differences, loaded.path, terminal)
     if any(difference.key in SAMPLE_KEYS for difference in differences):
         state = replace(state, consumed_samples=loader.position_after(state.tokens_seen))
         report_position(loaded.state, state, config, terminal)
@@ -144,8 +144,8 @@ def report_position(saved: TrainState, now: TrainState, config: RunConfig, termi
     )
 
 
-def report_differences(differences: list[Difference], terminal: Terminal) -> None:
-    """Say what differs; keys that change what is trained come first, as warnings."""
+def report_differences(differences: list[Difference], path: Path, terminal: Terminal) -> None:
+    """Say what differs from the checkpoint at `path`; keys that change what is trained come first, as warnings."""
     for difference in differences[:MAX_DIFFERENCES]:
         text = f"{difference.key} was {difference.saved}, is {difference.current}"
         if difference.matters:
@@ -153,4 +153,5 @@ def report_differences(differences: list[Difference], terminal: Terminal) -> Non
         else:
             terminal.say(f"  {text}: changes rounding, speed or output at most")
     if len(differences) > MAX_DIFFERENCES:
-        terminal.say(f"  ... and {len(differences) - MAX_DIFFERENCES} more keys: compare config.yaml")
+        more = len(differences) - MAX_DIFFERENCES
+        terminal.say(f"  ... and {more} more keys: compare config.yaml with {short_path(path)}/manifest.json")

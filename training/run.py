@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def new_config(self) -> Path:
+        """The config of a start that has not yet gone on from what is here."""
+        return self.path / "config.yaml.tmp"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -166,14 +171,19 @@ def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
 
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
-    """Write the resolved config, whole or not at all; where the run will save, see now that it can."""
-    partial = folder.config.with_suffix(".yaml.tmp")
+    """Write the resolved config, for `keep_config` to put in place; where the run will save, see now that it can."""
     with writing(folder.path):
-        partial.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        partial.replace(folder.config)
+        folder.new_config.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     if config.train.save_every:
         with writing(folder.checkpoints):
             folder.checkpoints.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder.checkpoints) as probe:
                 probe.write(b"checkpoint")
                 probe.flush()
+
+
+def keep_config(folder: RunFolder) -> None:
+    """From here on config.yaml is that of this start. Until it has gone on from what is here, it is that of what is
+    here: where the two don't fit, it says what to restore."""
+    with writing(folder.path):
+        folder.new_config.replace(folder.config)

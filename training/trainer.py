@@ -49,7 +49,7 @@ from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
 from training.resume import resume
-from training.run import RECORD, move_aside
+from training.run import RECORD, keep_config, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
 from training.session import Session
@@ -131,6 +131,7 @@ class Trainer:
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
         self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
         if processes.is_main:
+            keep_config(session.folder)
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
             name_separator(session.folder.path, self.corpus.manifest.eos_token)
             self._keep_earlier_metrics()

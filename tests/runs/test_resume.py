@@ -192,6 +192,16 @@ def test_a_batch_that_follows_from_the_ranks_is_reported(runs: Runs, tmp_path: P
     assert "goes on differently" not in same
 
 
+def test_a_start_that_fails_leaves_the_config_that_it_is_told_to_restore(runs: Runs, tmp_path: Path) -> None:
+    runs.forked(f"run_dir={tmp_path}", "train.steps=1")
+    before = (tmp_path / "config.yaml").read_bytes()
+    result = runs.forked(f"run_dir={tmp_path}", "train.steps=2", "model.width=64", code=2)
+    assert "restore model.* as in its config.yaml" in " ".join(result.stderr.split())
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    runs.forked(f"run_dir={tmp_path}", "train.steps=2")
+    assert "  steps: 2" in (tmp_path / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [(("zero1", 2), ("zero1", 1)), (("zero2", 1), ("zero3", 2)), (("zero3", 2), ("zero1", 1))],

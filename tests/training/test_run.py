@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.schema import DataConfig, RunConfig, TrainConfig
 from training.distributed import start_of
 from training.resume import on_restart
-from training.run import RunFolder, claim, move_aside, run_folder, write_config
+from training.run import RunFolder, claim, keep_config, move_aside, run_folder, write_config
 
 
 def test_folder_is_runs_name_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +175,7 @@ def test_the_same_job_may_start_anew_as_often_as_it_likes(tmp_path: Path) -> Non
 def test_config_is_written_resolved(tmp_path: Path) -> None:
     config = compose(["train.steps=7", "model.attention=standard"])
     write_config(RunFolder(tmp_path), config)
+    keep_config(RunFolder(tmp_path))
     tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert tree["train"]["steps"] == 7
     assert tree["model"]["attention"] == "standard"
