@@ -456,8 +456,8 @@ def random_state(parts: Parts, manifest: Manifest, rank: int) -> rng.RandomState
 def finish(engine: Engine, manifest: Manifest, checkpoint: Path) -> list[str]:
     """Complete a load that succeeded on all ranks; what to tell about it."""
     engine.partition.refresh()
-    if engine.precision.value == manifest.precision:
-        engine.loss_scale = LossScale(**manifest.loss_scale.to_json())
+    if engine.precision.value == manifest.precision and engine.loss_scale.dynamic and manifest.loss_scale.dynamic:
+        engine.loss_scale = LossScale(**manifest.loss_scale.to_json())  # a fixed one is the config's
     engine.skipped = manifest.state.skipped_steps
     ranks = engine.processes.world_size
     if engine.processes.rank >= manifest.world_size:

@@ -29,6 +29,7 @@ from training.checkpoint import CheckpointError
 from training.differences import ABSENT, compare_configs
 from training.distributed import Processes
 from training.engine import Engine
+from training.optimizer import fp16_scale
 from training.resume import resume
 from training.run import RunFolder
 from training.state import TrainState
@@ -424,6 +425,15 @@ def test_skipped_steps_and_loss_scale_survive(build: Build, tmp_path: Path) -> N
     checkpoint.load(other, tmp_path)
     assert (other.loss_scale.scale, other.loss_scale.calm_steps, other.skipped) == (512.0, 17, 3)
     assert other.partition.updates == 1
+
+
+def test_a_loss_scale_that_is_set_on_resuming_is_used(build: Build, tmp_path: Path) -> None:
+    """Fixed where it was dynamic, or another number, or dynamic again: as the config says, and as is said of it."""
+    for before, now in ((0.0, 128.0), (128.0, 64.0), (64.0, 0.0)):
+        one, other = (build(0, "fp16", loss_scale=scale) for scale in (before, now))
+        saved = save(one, tmp_path, 1)
+        assert checkpoint.load(other, saved) is not None
+        assert other.loss_scale == fp16_scale(now)
 
 
 def test_shard_file_round_trip(tmp_path: Path) -> None:
