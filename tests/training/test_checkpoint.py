@@ -214,7 +214,7 @@ def test_nothing_usable_is_an_error_and_nothing_at_all_is_not(
     assert checkpoint.load(one, tmp_path / "empty") is None
 
 
-def test_run_folders_and_the_pointer(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_run_folders_and_the_pointer(saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, _ = saved
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -228,6 +228,14 @@ def test_run_folders_and_the_pointer(build: Build, saved: tuple[Path, dict[str, 
     # A pointer to nothing doesn't matter.
     (run / "checkpoints" / "latest").write_text("step_00000009\n")
     assert checkpoint.find_checkpoint(run).name == "step_00000002"
+    # Where the one it names is gone, one of its own branch comes before later ones of another.
+    shutil.move(run / "checkpoints" / "step_00000002", run / "checkpoints" / "step_00000004")
+    (run / "checkpoints" / "latest").write_text("step_00000003\n")
+    assert [c.name for c in checkpoint.candidates(run)] == ["step_00000001", "step_00000004"]
+    # A run may have any name.
+    for name in ("step_by_step", "step_7"):
+        run = run.rename(tmp_path / name)
+        assert checkpoint.find_checkpoint(run).name == "step_00000001"
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         checkpoint.find_checkpoint(folder / "nowhere")
 
@@ -331,7 +339,7 @@ def test_small_files_that_fail(
     monkeypatch.setattr(checkpoint, "write_synced", write_synced)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(one, folder, 3)
-    assert checkpoint.find_checkpoint(folder).name == "step_00000002"
+    assert [c.name for c in checkpoint.checkpoints(folder)] == ["step_00000002", "step_00000001"]
 
 
 def test_what_is_kept(build: Build, tmp_path: Path) -> None:
