@@ -48,6 +48,12 @@ def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
     return path
 
 
+def begins_elsewhere(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether `resume` names a checkpoint outside the run's own folder."""
+    path = Path(config.resume).expanduser().resolve()
+    return config.resume not in ("auto", "never") and folder.path.resolve() not in (path, *path.parents)
+
+
 def on_restart(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The config of a run that its launcher starts again: `resume` says where the first start begins, and the later
     ones go on from what the run has saved since, if it has."""
@@ -96,8 +102,8 @@ def resume(
                 "the corpus differs from the one of the checkpoint: its position, "
                 f"{state.consumed_samples:,} samples, now means other text"
             )
-    own = folder.path.resolve() in loaded.path.resolve().parents
-    return replace(state, corpus_hash=corpus.content_hash, wandb_id=state.wandb_id if own else None)
+    wandb_id = None if begins_elsewhere(config, folder) else state.wandb_id
+    return replace(state, corpus_hash=corpus.content_hash, wandb_id=wandb_id)
 
 
 def with_batch(differences: list[Difference], saved: Manifest, config: RunConfig, world_size: int) -> list[Difference]:

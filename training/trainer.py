@@ -48,7 +48,7 @@ from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
-from training.resume import resume
+from training.resume import begins_elsewhere, resume
 from training.run import RECORD, keep_config, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
@@ -155,14 +155,16 @@ class Trainer:
         self.meter.start()
 
     def _keep_earlier_metrics(self) -> None:
-        """A run that starts anew beside the record of an earlier one, whose checkpoints are gone, leaves it whole."""
+        """A run that starts anew beside the record of an earlier one, whose checkpoints are gone, leaves it whole. So
+        does one that goes on from a run elsewhere: a record is of one run."""
         folder = self.session.folder
-        if self.state.step == 0 and read_metrics(folder.metrics):
+        elsewhere = begins_elsewhere(self.config, folder)
+        if (self.state.step == 0 or elsewhere) and read_metrics(folder.metrics):
             kept = move_aside(folder, RECORD)
             assert kept is not None
-            self.session.terminal.warn(
-                f"there is no checkpoint to go on from: the run starts anew, earlier metrics are in {short_path(kept)}"
-            )
+            why = "there is no checkpoint to go on from: the run starts anew"
+            why = f"resume={self.config.resume} is another run" if elsewhere else why
+            self.session.terminal.warn(f"{why}, earlier metrics are in {short_path(kept)}")
 
     def _loader(self) -> TokenLoader:
         config, processes = self.config, self.processes

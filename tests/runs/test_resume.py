@@ -124,7 +124,12 @@ def test_resume_from_another_run(runs: Runs, tmp_path: Path) -> None:
     runs.forked(f"run_dir={first}", "train.steps=6", "optim.schedule=constant")
     runs.forked(f"run_dir={second}", f"resume={first}", "optim.schedule=constant")
     runs.forked(f"run_dir={whole}", "optim.schedule=constant")
-    assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 6}
+    after = {step: loss for step, loss in losses(whole).items() if step > 6}
+    assert losses(second) == after
+    result = runs.forked(f"run_dir={whole}", f"resume={first}", "optim.schedule=constant")
+    assert "is another run, earlier metrics are in" in " ".join(result.stdout.split())
+    assert losses(whole) == after, "of the run that was there nothing"
+    assert list(losses(whole / "previous" / "1")) == list(range(1, 9))
 
 
 def test_longer_samples_go_on_where_the_shorter_ones_were(runs: Runs, tmp_path: Path) -> None:
