@@ -21,6 +21,10 @@ from tokenizers import Tokenizer
 PIECE_CHARS = 1 << 20
 """Longer documents are encoded in pieces cut at a line end, because an encoding takes 50 times its text in memory."""
 
+OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that a terminal or a launcher sends to the whole group, and that mean something to the parent alone: when it
+ends, so does this process."""
+
 
 def encode_batch(
     tokenizer: Tokenizer, texts: Sequence[str], eos_id: int, dtype: str, max_tokens: int
@@ -74,7 +78,9 @@ def load(path: str) -> Tokenizer:
 
 def main(arguments: list[str]) -> int:
     """Serves batches until the input ends. Arguments: tokenizer file, separator id, dtype, most tokens a document."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    for number in OF_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_PARENT)  # blocked since before this process began
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = load(arguments[0])
     eos_id, dtype, max_tokens = int(arguments[1]), arguments[2], int(arguments[3])

@@ -189,6 +189,23 @@ def test_finished_shards_are_not_redone(big: tuple[Path, Path, str], tmp_path: P
     assert first.tokens >= done > 0, "the display begins with what was done before"
 
 
+def test_signals_to_the_whole_group_are_the_parents(big: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """A terminal, torchrun and SLURM send them to the processes that tokenise as well. What they mean the run decides:
+    it stops, or asks for a requeue, which an error of a worker would forestall."""
+    corpus, reference, content_hash = big
+    process = start(corpus, tmp_path, workers=2)
+    while not (tmp_path / f"{reference.name}.partial" / STATE).is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)  # by now a worker has answered
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            worker.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert output.strip() == content_hash, errors
+
+
 def _finished(partial: Path) -> list[object]:
     shards: list[object] = json.loads((partial / STATE).read_text())["writers"]["train"]["finished"]["shards"]
     return shards
