@@ -14,6 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
 
+import numpy as np
 import torch
 
 from configs.errors import OUT_OF_MEMORY, OutOfMemoryError, UserError
@@ -34,7 +35,7 @@ from data.progress import show_progress
 from data.report import describe_packing
 from data.tokenizer import name_separator
 from model import build_model, resolve_attention
-from model.flops import flops_per_token, parameter_counts
+from model.flops import causal_flops_of_documents, flops_per_token, parameter_counts
 from model.generate import generate
 from training import checkpoint, rng
 from training import metrics as m
@@ -301,11 +302,16 @@ class Trainer:
         if step.known:
             self.learn()
         if not self.profiler.running:
-            self.meter.step(batch.valid_tokens, batch.wait_s)
+            self.meter.step(batch.valid_tokens, batch.wait_s, self._causal_flops(batch))
         self._end_profiled_step()
         self.progress.advance(state.step)
         self.watchdog.beat()
         self.saver.poll()  # a save that has failed ends the run here
+
+    def _causal_flops(self, batch: GlobalBatch) -> float | None:
+        """FLOPs a token where documents don't see each other, by this rank's, which stand for all; None elsewhere."""
+        lengths = [micro.document_lengths for micro in batch.micro_batches if micro.document_lengths is not None]
+        return causal_flops_of_documents(self.model_config, np.concatenate(lengths)) if lengths else None
 
     def learn(self, *, failed: bool = False) -> None:
         """Look at the last step's result, and write its metrics if that is due. Waits for the device if it must.

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.schema import ModelConfig
+from model.flops import flops_per_token
 from tests.data.conftest import make_texts, write_jsonl
 from tests.runs.conftest import Runs, losses, rows
 from training.checkpoint import consolidated_weights, find_checkpoint
@@ -44,7 +46,12 @@ def test_packed_documents_go_on_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = runs.forked(*settings, f"run_dir={whole}")
     assert "% padding" in result.stdout
-    assert rows(whole)[-1]["data/tokens_seen"] < 12 * 4 * 128
+    last = rows(whole)[-1]
+    assert last["data/tokens_seen"] < 12 * 4 * 128
+    model = ModelConfig(num_layers=1, num_heads=2, width=32, sequence_length=128, vocab_size=300)
+    flops = flops_per_token(model)
+    share = last["perf/mfu_causal"] / last["perf/mfu"]
+    assert flops.matmul / flops.megatron < share < 0.97 * flops.causal / flops.megatron, "keys of other documents"
     runs.forked(*settings, f"run_dir={killed}", kill_after_rows=5)
     runs.forked(*settings, f"run_dir={killed}")
     assert_equal_runs(whole, killed)
