@@ -90,7 +90,7 @@ def fetch_tokenizer(name: str, cache_dir: Path) -> tuple[Tokenizer, str | None]:
     tokenizer.no_padding()
     config = path.with_name(TOKENIZER_CONFIG)
     if not config.is_file() and _local_definition(name) is None:
-        config = _download(name, TOKENIZER_CONFIG, cache_dir)
+        config = _download_if_there(name, TOKENIZER_CONFIG, cache_dir) or config
     return tokenizer, _named_separator(config) or _named_separator(path.with_name(SEPARATOR))
 
 
@@ -135,6 +135,18 @@ def _download(name: str, file: str, cache_dir: Path) -> Path:
     probe_hub(what, f"models/{name}")
     with hub_errors(what):
         return Path(within_time(what, lambda: hf_hub_download(name, file, cache_dir=folder)))
+
+
+def _download_if_there(name: str, file: str, cache_dir: Path) -> Path | None:
+    """None where the repository has no such file."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _download(name, file, cache_dir)
+    except DataError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
 
 
 def _named_separator(config: Path) -> str | None:
