@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +54,28 @@ def test_long_documents_are_encoded_in_pieces_without_loss(tiny: PreparedData, m
     assert num_bytes == [len(text.encode())]
     ids = list(memoryview(tokens).cast("H"))
     assert load_tokenizer(tiny).decode(ids[1:], skip_special_tokens=False) == text
+
+
+def test_little_text_is_encoded_at_a_time(tiny: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoding takes 80 times its text in memory; one document may be a gigabyte."""
+    monkeypatch.setattr("data.worker.PIECE_CHARS", 100)
+    texts = ["", "\n".join(make_texts(20, seed=9)), *make_texts(30), "", "x"]
+    tokenizer, calls = load(str(tiny.tokenizer_path)), []
+
+    class Counting:
+        """The tokenizer, which notes how much text it is given."""
+
+        def encode_batch_fast(self, pieces: list[str], add_special_tokens: bool) -> list[Any]:
+            calls.append(sum(map(len, pieces)))
+            return tokenizer.encode_batch_fast(pieces, add_special_tokens=add_special_tokens)
+
+    counting: Any = Counting()
+    tokens, lengths, _, _ = encode_batch(counting, texts, tiny.eos_id, "<u2", 10**6)
+    assert max(calls) <= 100
+    assert len(calls) < len(texts) + sum(map(len, texts)) // 50, "short texts go together"
+    documents = np.split(np.frombuffer(tokens, "<u2"), np.cumsum(lengths)[:-1])
+    decoded = [tokenizer.decode(ids[1:].tolist(), skip_special_tokens=False) for ids in documents]
+    assert decoded == [text for text in texts if text]
 
 
 def test_documents_longer_than_a_shard_become_several(tiny: PreparedData) -> None:
