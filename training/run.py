@@ -14,8 +14,10 @@ runs/<name>/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ from configs.errors import UserError
 from configs.messages import plain
 from configs.schema import RunConfig
 
+LOG = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
 POINTER = "latest"
 """In `checkpoints`: names the newest one."""
@@ -109,6 +112,10 @@ def claim(folder: RunFolder, resume: str, start: Mapping[str, str] | None = None
             raise UserError(
                 f"Another run (process {owner}) is writing to {folder.path}: wait for it, or give run_dir=PATH."
             ) from None
+        except OSError as error:  # Lustre without its mount option `flock`, and some of user space
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            LOG.warning(f"{folder.path} has no locks ({error.strerror}): nothing keeps a second run out of it")
         again = is_restart(folder, start or {})
         with writing(folder.path):
             lock.truncate(0)

@@ -1,5 +1,6 @@
 """The run folder: claimed by one process, moved aside only when asked."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -47,6 +48,17 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
         except UserError:
             time.sleep(0.1)
     pytest.fail("the lock outlived its process")
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with claim(RunFolder(tmp_path), "auto"):
+        assert "has no locks (Function not implemented): nothing keeps a second run out of it" in caplog.text
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
