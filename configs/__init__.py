@@ -152,7 +152,7 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     if not want_traceback:
         del os.environ["HYDRA_FULL_ERROR"]
     try:
-        sys.exit(task(composed[0]) if composed else max(sweep_codes, default=0))
+        sys.exit(task(composed[0]) if composed else sweep_exit_code(sweep_codes))
     except UserError as error:
         if want_traceback:
             raise
@@ -177,6 +177,11 @@ def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequ
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     command = [sys.executable, argv[0], *kept, override("run_dir", place)]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def sweep_exit_code(codes: Sequence[int]) -> int:
+    """The worst of the jobs' codes; negative ones, of a job that a signal ended, as shells have them."""
+    return max((code if code >= 0 else 128 - code for code in codes), default=0)
 
 
 def override(key: str, value: object) -> str:

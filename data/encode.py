@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from data.errors import DataError
 from data.sources import Cursor, Reader
 from data.tokenizer import TokenizerInfo
+from data.worker import OF_THE_PARENT
 
 BATCH_CHARS = 1 << 18
 BATCH_DOCUMENTS = 1024
@@ -144,7 +146,11 @@ class _Worker:
         self.log = tempfile.TemporaryFile()
         # -P: the folder of worker.py is no place to import from, its modules carry names of common packages.
         command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), *self.arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # until it ignores them
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
         return self
 
     def __exit__(self, *exception: object) -> None:

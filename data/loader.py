@@ -44,6 +44,8 @@ class MicroBatch:
     """(n + 1,) int32: document i is [cu_seqlens[i], cu_seqlens[i + 1]) of the b·S flattened tokens. None: no mask."""
     max_seqlen: int | None
     """Tokens of the longest of these documents."""
+    document_lengths: npt.NDArray[np.int64] | None = None
+    """(documents,) tokens of each in training, padding left out; stays in host memory. None: no mask."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ def place(batch: MicroBatch, device: torch.device) -> MicroBatch:
         return tensor.pin_memory().to(device, non_blocking=True)
 
     cu_seqlens = None if batch.cu_seqlens is None else move(batch.cu_seqlens)
-    return MicroBatch(move(batch.tokens), move(batch.targets), cu_seqlens, batch.max_seqlen)
+    return MicroBatch(move(batch.tokens), move(batch.targets), cu_seqlens, batch.max_seqlen, batch.document_lengths)
 
 
 def make_micro_batch(
@@ -286,7 +288,8 @@ def make_micro_batch(
     if not document_mask:
         return MicroBatch(tokens, targets, None, None)
     bounds = document_bounds(dataset, starts, np.full(len(starts), sequence_length), sequence_length)
-    return MicroBatch(tokens, targets, torch.from_numpy(bounds), int(np.diff(bounds).max()))
+    lengths = np.diff(bounds).astype(np.int64)
+    return MicroBatch(tokens, targets, torch.from_numpy(bounds), int(lengths.max()), lengths)
 
 
 def make_packed_micro_batch(
@@ -296,7 +299,7 @@ def make_packed_micro_batch(
     S = packing.sequence_length
     tokens = np.zeros((len(rows), S), np.int64)
     targets = np.full((len(rows), S), IGNORED, np.int64)
-    bounds = [0]
+    bounds, pieces = [0], []
     for index, row in enumerate(rows.tolist()):
         filled = 0
         for start, length in zip(*packing.pieces(row), strict=True):
@@ -304,6 +307,7 @@ def make_packed_micro_batch(
             stream = dataset.read(np.array([start]), length + 1)[0]  # (length + 1,)
             tokens[index, filled:end], targets[index, filled:end] = stream[:-1], stream[1:]
             bounds.append(index * S + end)
+            pieces.append(length)
             filled = end
         if filled < S:
             bounds.append((index + 1) * S)
@@ -311,7 +315,8 @@ def make_packed_micro_batch(
     if not document_mask:
         return batch
     cu_seqlens = np.array(bounds, np.int32)  # (n + 1,)
-    return MicroBatch(batch.tokens, batch.targets, torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max()))
+    longest = int(np.diff(cu_seqlens).max())
+    return MicroBatch(batch.tokens, batch.targets, torch.from_numpy(cu_seqlens), longest, np.array(pieces, np.int64))
 
 
 def document_bounds(

@@ -47,6 +47,7 @@ from data.shards import (
 )
 from data.sources import Cursor, Source, open_sources
 from data.tokenizer import (
+    SEPARATOR,
     TokenizerInfo,
     fetch_tokenizer,
     inspect_tokenizer,
@@ -344,7 +345,7 @@ def _make_tokenizer(plans: Sequence[_Plan], path: Path, report: ProgressCallback
     info = inspect_tokenizer(tokenizer, separator)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
-    write_synced(path.with_name("separator.json"), json.dumps({"eos_token": info.eos_token}).encode())
+    write_synced(path.with_name(SEPARATOR), json.dumps({"eos_token": info.eos_token}).encode())
     save_tokenizer(tokenizer, path)
 
 
@@ -355,7 +356,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _open_tokenizer(path: Path) -> TokenizerInfo:
-    separator = json.loads(path.with_name("separator.json").read_text("utf-8"))["eos_token"]
+    separator = json.loads(path.with_name(SEPARATOR).read_text("utf-8"))["eos_token"]
     return inspect_tokenizer(Tokenizer.from_file(str(path)), separator)
 
 
@@ -447,7 +448,7 @@ def _build(plan: _Plan, folder: Path, report: ProgressCallback) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         state = _State(_holdout_threshold(plan))
-    shutil.copyfile(tokenizer_path, partial / TOKENIZER)
+    write_synced(partial / TOKENIZER, tokenizer_path.read_bytes())
     splits = _tokenize(plan, info, partial, state, report)
     _check_splits(plan, splits, state)
     source = {**plan.source.identity(), **({"commit": state.commit} if state.commit else {})}
@@ -470,8 +471,6 @@ def _build(plan: _Plan, folder: Path, report: ProgressCallback) -> None:
 def _publish(partial: Path, folder: Path) -> None:
     """Makes the finished corpus appear under its name."""
     _remove_leftovers(partial)
-    with open(partial / TOKENIZER, "rb") as file:
-        os.fsync(file.fileno())
     sync_folder(partial)
     os.rename(partial, folder)
     sync_folder(folder.parent)

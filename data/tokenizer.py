@@ -23,6 +23,10 @@ from data.sources.hub import hub_errors, probe_hub, within_time
 
 END_OF_TEXT = "<|endoftext|>"
 _KNOWN_SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""Beside a tokenizer.json: names its separator as `eos_token`."""
+SEPARATOR = "separator.json"
+"""The same beside a tokenizer in the cache, where it says what was found: that is no part of a corpus's key."""
 SMALLEST_VOCABULARY = 257  # 256 bytes and the separator
 
 
@@ -63,15 +67,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_identity(name: str) -> dict[str, str]:
-    """What decides an existing tokenizer, as JSON values: the content of a file, else a hub name."""
+    """What decides an existing tokenizer, as JSON values: content and named separator of a file, else a hub name."""
     path = _local_definition(name)
     if path is None:
         return {"hub": name}
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    identity = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    separator = _named_separator(path.with_name(TOKENIZER_CONFIG))
+    return identity if separator is None else {**identity, "eos_token": separator}
 
 
 def fetch_tokenizer(name: str, cache_dir: Path) -> tuple[Tokenizer, str | None]:
-    """The tokenizer that `data.tokenizer` names, and the separator that its `tokenizer_config.json` names, if any.
+    """The tokenizer that `data.tokenizer` names, and the separator that is named beside it, if any.
 
     `name` is a `tokenizer.json`, a folder with one, or a hub name. Raises DataError with what was looked for.
     """
@@ -82,10 +88,10 @@ def fetch_tokenizer(name: str, cache_dir: Path) -> tuple[Tokenizer, str | None]:
         raise DataError(f"data.tokenizer={name}: {path} is not a tokenizer.json of `tokenizers`: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = path.with_name("tokenizer_config.json")
+    config = path.with_name(TOKENIZER_CONFIG)
     if not config.is_file() and _local_definition(name) is None:
-        config = _download(name, "tokenizer_config.json", cache_dir)
-    return tokenizer, _named_separator(config)
+        config = _download_if_there(name, TOKENIZER_CONFIG, cache_dir) or config
+    return tokenizer, _named_separator(config) or _named_separator(path.with_name(SEPARATOR))
 
 
 def inspect_tokenizer(tokenizer: Tokenizer, eos_token: str | None = None) -> TokenizerInfo:
@@ -131,6 +137,18 @@ def _download(name: str, file: str, cache_dir: Path) -> Path:
         return Path(within_time(what, lambda: hf_hub_download(name, file, cache_dir=folder)))
 
 
+def _download_if_there(name: str, file: str, cache_dir: Path) -> Path | None:
+    """None where the repository has no such file."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _download(name, file, cache_dir)
+    except DataError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
+
+
 def _named_separator(config: Path) -> str | None:
     if not config.is_file():
         return None
@@ -143,6 +161,11 @@ def _named_separator(config: Path) -> str | None:
     if name is not None and not isinstance(name, str):
         raise DataError(f"data.tokenizer: {config}: eos_token is {name!r}, not the text of a token.")
     return name
+
+
+def name_separator(folder: Path, eos_token: str) -> None:
+    """Writes the `tokenizer_config.json` that goes with a tokenizer.json in `folder`."""
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps({"eos_token": eos_token}), "utf-8")
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

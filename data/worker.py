@@ -13,13 +13,20 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import islice
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 PIECE_CHARS = 1 << 20
-"""Longer documents are encoded in pieces cut at a line end, because an encoding takes 50 times its text in memory."""
+"""Longer documents are encoded in pieces cut at a line end, and no more text at a time than this, because an encoding
+takes 80 times its text in memory."""
+
+OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that a terminal or a launcher sends to the whole group, and that mean something to the parent alone: when it
+ends, so does this process."""
 
 
 def encode_batch(
@@ -31,21 +38,36 @@ def encode_batch(
     document). A document of more than `max_tokens` tokens becomes several, the text's bytes counted with its first.
     """
     encoded, lengths, num_bytes, hashes = [], [], [], []
+    separator = np.array([eos_id], dtype).tobytes()
     pieces = [list(_pieces(text)) for text in texts]
-    ids = iter(tokenizer.encode_batch_fast([piece for group in pieces for piece in group], add_special_tokens=False))
+    ids = _encoded(tokenizer, [piece for group in pieces for piece in group], dtype)
     for text, group in zip(texts, pieces, strict=True):
-        body = list(chain.from_iterable(next(ids).ids for _ in group))
-        if not body:
+        parts = list(islice(ids, len(group)))
+        body = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])  # (tokens,)
+        if not len(body):
             continue
         data = text.encode()
         digest = text_hash(data)
         for start in range(0, len(body), max_tokens - 1):
-            part = np.array([eos_id, *body[start : start + max_tokens - 1]], dtype)
-            encoded.append(part.tobytes())
-            lengths.append(len(part))
+            part = body[start : start + max_tokens - 1]
+            encoded += [separator, part.tobytes()]
+            lengths.append(1 + len(part))
             num_bytes.append(len(data) if start == 0 else 0)
             hashes.append(digest)
     return b"".join(encoded), lengths, num_bytes, hashes
+
+
+def _encoded(tokenizer: Tokenizer, pieces: Sequence[str], dtype: str) -> Iterator[npt.NDArray[Any]]:
+    """Ids of each piece, (tokens,); of the encodings themselves only those of `PIECE_CHARS` of text exist at once."""
+    first = 0
+    while first < len(pieces):
+        stop, chars = first + 1, len(pieces[first])
+        while stop < len(pieces) and chars + len(pieces[stop]) <= PIECE_CHARS:
+            chars += len(pieces[stop])
+            stop += 1
+        for encoding in tokenizer.encode_batch_fast(pieces[first:stop], add_special_tokens=False):
+            yield np.array(encoding.ids, dtype)
+        first = stop
 
 
 def text_hash(data: bytes) -> int:
@@ -74,7 +96,9 @@ def load(path: str) -> Tokenizer:
 
 def main(arguments: list[str]) -> int:
     """Serves batches until the input ends. Arguments: tokenizer file, separator id, dtype, most tokens a document."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    for number in OF_THE_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_PARENT)  # blocked since before this process began
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = load(arguments[0])
     eos_id, dtype, max_tokens = int(arguments[1]), arguments[2], int(arguments[3])

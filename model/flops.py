@@ -31,6 +31,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from configs.schema import Activation, ModelConfig, Norm, Position
 from model.dimensions import Dimensions, resolve_dimensions
 
@@ -103,8 +106,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 def flops_per_token(config: ModelConfig) -> FlopsPerToken:
     """Operations per token of training on sequences of `sequence_length` tokens.
 
-    Packed documents that don't see each other (`data.document_mask`) leave fewer visible keys, by how much depends
-    on the data; these counts are those of whole sequences.
+    Documents that don't see each other (`data.document_mask`) leave fewer visible keys: `causal_flops_of_documents`.
     """
     sizes = resolve_dimensions(config)
     counts = parameter_counts(config)
@@ -117,6 +119,18 @@ def flops_per_token(config: ModelConfig) -> FlopsPerToken:
         attention_full=per_key * widest,
         megatron_weights=6 * counts.megatron,
     )
+
+
+def causal_flops_of_documents(config: ModelConfig, lengths: npt.NDArray[np.int64]) -> float:
+    """`FlopsPerToken.causal` of the tokens of documents that don't see each other.
+
+    lengths: (documents,) tokens of each, at least one document.
+    """
+    sizes = resolve_dimensions(config)
+    widest = lengths if config.window is None else np.minimum(lengths, config.window + 1)
+    keys = widest * (widest + 1) // 2 + (lengths - widest) * widest  # (documents,) as in `mean_visible_keys`
+    per_key = 12 * sizes.num_layers * sizes.query_width
+    return 6 * parameter_counts(config).matmul + per_key * int(keys.sum()) / int(lengths.sum())
 
 
 def mean_visible_keys(length: int, window: int | None) -> float:

@@ -25,7 +25,7 @@ from configs import compose, say
 from configs.errors import UserError
 from configs.messages import plain
 from configs.schema import ModelConfig, RunConfig
-from data.tokenizer import fetch_tokenizer, inspect_tokenizer
+from data.tokenizer import fetch_tokenizer, inspect_tokenizer, name_separator
 from model import build_model
 from model.convert import import_hf
 from training import checkpoint, rng
@@ -41,8 +41,10 @@ def main(arguments: argparse.Namespace) -> None:
     if not (place.is_file() or (place / "tokenizer.json").is_file()):
         raise UserError(f"{place} has no tokenizer.json; give one with --tokenizer")
     tokenizer, separator = fetch_tokenizer(str(place), Path())
-    written = write_checkpoint(config, state, arguments.folder, inspect_tokenizer(tokenizer, separator).hash)
+    info = inspect_tokenizer(tokenizer, separator)
+    written = write_checkpoint(config, state, arguments.folder, info.hash)
     shutil.copyfile(place if place.is_file() else place / TOKENIZER, arguments.folder / TOKENIZER)
+    name_separator(arguments.folder, info.eos_token)
     print(f"{arguments.source} is now {written}")
     keys = " ".join(overrides(config))
     print(f"Next: python train.py {keys} data.tokenizer={place} resume={arguments.folder} name=NAME")

@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
     load_weights(model, run.checkpoint)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         model = model.to(torch.bfloat16)
-    prompt = run.tokenizer.encode(arguments.prompt).ids or [run.info.eos_id]
+    prompt = run.tokenizer.encode(arguments.prompt, add_special_tokens=False).ids or [run.info.eos_id]
     start = torch.tensor([prompt], device=device)  # (1, T)
     generator = torch.Generator(device).manual_seed(arguments.seed)
     console = Console(highlight=False)

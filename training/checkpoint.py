@@ -10,7 +10,8 @@ differ then by rounding. Nothing is pickled. DeepSpeed's own checkpoints are nei
 shards exist, unpickle what they load, and don't change to or from stage 3.
 
 Commit: shards go into `step_….tmp/` and are synced; the ranks agree that all have succeeded; rank 0 writes and syncs
-the manifest, renames the folder, and replaces `latest`. Until the rename the previous checkpoint is the newest.
+the manifest and the new pointer, renames the folder, and replaces `latest`. Until the rename the previous checkpoint is
+the newest.
 
 `snapshot` takes the state; `commit` writes it. `training.saver` puts a copy between them, so that `commit` can run on
 another thread, with a process group of its own, while training goes on.
@@ -22,6 +23,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -39,13 +41,15 @@ from training import rng
 from training.distributed import Processes
 from training.engine import Engine
 from training.optimizer import LossScale
+from training.run import POINTER
 from training.shards import CorruptError, ShardReader, ShardRecord, TensorRecord, checksum, write_shard
 from training.state import TrainState
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
-PREFIX, TEMPORARY, POINTER, MANIFEST = "step_", ".tmp", "latest", "manifest.json"
+PREFIX, TEMPORARY, MANIFEST = "step_", ".tmp", "manifest.json"
 MASTER, FIRST, SECOND = "master", "exp_avg", "exp_avg_sq"
+NAME = re.compile(rf"{PREFIX}\d+")
 KINDS = (MASTER, FIRST, SECOND)
 T = TypeVar("T")
 
@@ -262,15 +266,18 @@ def write_share(taken: Snapshot, temporary: Path, rank: int, progress: Callable[
 
 
 def publish(manifest: Manifest, temporary: Path, target: Path) -> None:
-    """Write the manifest, rename the folder and move the pointer, each on the disk before the next."""
+    """Write the manifest and the new pointer; once both are on the disk, rename the folder and move the pointer.
+
+    Nothing that takes time or room comes between these two: a checkpoint that the pointer doesn't name is one of a
+    branch that was given up.
+    """
     write_synced(temporary / MANIFEST, encode(manifest))
     sync_folder(temporary)
+    pointer = target.parent / (POINTER + TEMPORARY)
+    write_synced(pointer, target.name + "\n")
     if target.exists():  # of a branch that was given up, or damaged
         discard(target)
     temporary.rename(target)
-    sync_folder(target.parent)
-    pointer = target.parent / (POINTER + TEMPORARY)
-    write_synced(pointer, target.name + "\n")
     pointer.replace(target.parent / POINTER)
     sync_folder(target.parent)
 
@@ -362,8 +369,12 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints of a folder, newest step first."""
-    found = [c for c in folder.glob(f"{PREFIX}*") if c.is_dir() and c.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(filter(is_committed, folder.glob(f"{PREFIX}*")), key=step_of, reverse=True)
+
+
+def is_committed(path: Path) -> bool:
+    """Whether it is a folder with the name of a committed checkpoint."""
+    return NAME.fullmatch(path.name) is not None and path.is_dir()
 
 
 def candidates(path: Path) -> list[Path]:
@@ -372,16 +383,16 @@ def candidates(path: Path) -> list[Path]:
     Of a folder: the one `latest` names, the older ones, and at last any with a later step, which a run that went back
     to an earlier checkpoint has left behind.
     """
-    if (path / MANIFEST).exists() or (path.name.startswith(PREFIX) and path.is_dir()):
-        return [path]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if folder == path and ((path / MANIFEST).exists() or is_committed(path)):
+        return [path]
     found = checkpoints(folder)
     pointer = folder / POINTER
-    newest = folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-    if newest not in found:
+    named = folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    if named is None or not NAME.fullmatch(named.name):
         return found
-    older = [c for c in found if step_of(c) < step_of(newest)]
-    return [newest, *older, *(c for c in found if step_of(c) > step_of(newest))]
+    newest = step_of(named)  # also where it is gone
+    return [*(c for c in found if step_of(c) <= newest), *(c for c in found if step_of(c) > newest)]
 
 
 # Loading
@@ -455,8 +466,8 @@ def random_state(parts: Parts, manifest: Manifest, rank: int) -> rng.RandomState
 def finish(engine: Engine, manifest: Manifest, checkpoint: Path) -> list[str]:
     """Complete a load that succeeded on all ranks; what to tell about it."""
     engine.partition.refresh()
-    if engine.precision.value == manifest.precision:
-        engine.loss_scale = LossScale(**manifest.loss_scale.to_json())
+    if engine.precision.value == manifest.precision and engine.loss_scale.dynamic and manifest.loss_scale.dynamic:
+        engine.loss_scale = LossScale(**manifest.loss_scale.to_json())  # a fixed one is the config's
     engine.skipped = manifest.state.skipped_steps
     ranks = engine.processes.world_size
     if engine.processes.rank >= manifest.world_size:
@@ -464,7 +475,8 @@ def finish(engine: Engine, manifest: Manifest, checkpoint: Path) -> list[str]:
     if ranks == manifest.world_size:
         return []
     return [
-        f"{checkpoint.name} was written by {manifest.world_size} ranks, now {ranks}: equal up to rounding and dropout"
+        f"{checkpoint.name} was written by {manifest.world_size} ranks, now {ranks}: with the same global batch equal "
+        "up to rounding and dropout"
     ]
 
 

@@ -14,7 +14,9 @@ logged when the next step has been handed over finds it passed.
 over what the devices could have done in that time at their dense peak. FLOPs per token are `model.flops`'s,
 in two conventions: `perf/mfu` counts attention as if it weren't causal (6N + 12·L·E·S, Megatron-LM,
 FlashAttention-2, nanoGPT), `perf/mfu_causal` counts the unmasked half. The first compares with most published
-figures, the second is the share of the peak that does useful work. Recomputed activations count in neither.
+figures, the second is the share of the peak that does useful work. Recomputed activations count in neither. Where
+documents don't see each other (`data.document_mask`) the second counts the keys that they do see, the first still
+those of whole sequences, as its convention has it.
 """
 
 from __future__ import annotations
@@ -214,6 +216,7 @@ class _Interval:
 
     stretches: list[list[tuple[object, object]]] = field(default_factory=list)
     tokens: int = 0
+    causal_flops: float = 0.0
     data_wait_s: float = 0.0
 
 
@@ -268,6 +271,7 @@ class ThroughputMeter:
         self._interval = _Interval()
         self._step_times_s: list[float] = []
         self._total_tokens = 0
+        self._total_causal_flops = 0.0
         self._total_wait_s = 0.0
         self._complained: set[str] = set()
 
@@ -276,9 +280,9 @@ class ThroughputMeter:
         self._current = []
         self._last_mark = self._clock.mark()
 
-    def step(self, tokens: int, data_wait_s: float = 0.0) -> None:
+    def step(self, tokens: int, data_wait_s: float = 0.0, causal_flops_per_token: float | None = None) -> None:
         """End a step of `tokens` tokens of the global batch (all ranks), of which `data_wait_s` was spent
-        waiting for data.
+        waiting for data. `causal_flops_per_token`: of these tokens; None: as usual.
 
         Doesn't wait for the device. Raises RuntimeError before `start`.
         """
@@ -289,6 +293,7 @@ class ThroughputMeter:
         else:
             self._interval.stretches.append(self._current)
             self._interval.tokens += tokens
+            self._interval.causal_flops += tokens * (causal_flops_per_token or self._flops_per_token_causal)
             self._interval.data_wait_s += data_wait_s
         self._current = []
         self._last_mark = now
@@ -311,25 +316,26 @@ class ThroughputMeter:
         times_s = [sum(self._clock.seconds(a, b) for a, b in step) for step in interval.stretches]
         self._step_times_s += times_s
         self._total_tokens += interval.tokens
+        self._total_causal_flops += interval.causal_flops
         self._total_wait_s += interval.data_wait_s
-        return self._throughput(times_s, interval.tokens, interval.data_wait_s)
+        return self._throughput(times_s, interval.tokens, interval.causal_flops, interval.data_wait_s)
 
     def total(self) -> Throughput | None:
         """Averages over all reported steps; None if there are none."""
         if not self._step_times_s:
             return None
-        return self._throughput(self._step_times_s, self._total_tokens, self._total_wait_s)
+        return self._throughput(self._step_times_s, self._total_tokens, self._total_causal_flops, self._total_wait_s)
 
     def _begun(self) -> object:
         if self._last_mark is None:
             raise RuntimeError("ThroughputMeter.start() comes before the first step")
         return self._last_mark
 
-    def _throughput(self, times_s: list[float], tokens: int, data_wait_s: float) -> Throughput:
+    def _throughput(self, times_s: list[float], tokens: int, causal_flops: float, data_wait_s: float) -> Throughput:
         seconds = max(sum(times_s), 1e-9)  # clocks are finer than any step; no division by zero even so
         per_device = tokens / seconds / self._world_size
         model_tflops = per_device * self._flops_per_token / 1e12
-        causal_tflops = per_device * self._flops_per_token_causal / 1e12
+        causal_tflops = causal_flops / seconds / self._world_size / 1e12
         if self._remeasure is not None and causal_tflops > self._ceiling * self.peak_tflops:
             self.peak_tflops = max(self.peak_tflops, self._remeasure())
         return Throughput(

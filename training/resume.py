@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from configs.errors import UserError
-from configs.schema import RunConfig
+from configs.schema import EngineConfig, RunConfig, TrainConfig
 from data import PreparedData, TokenLoader
 from training import checkpoint
+from training.batch import data_ranks, resolve_batch
+from training.checkpoint import Manifest
 from training.console import Terminal, short_path
 from training.differences import Difference, compare_configs
 from training.engine import Engine
-from training.run import RunFolder
+from training.run import RunFolder, has_saved
 from training.state import TrainState
 
+T = TypeVar("T")
 MAX_DIFFERENCES = 12
 """Differing keys that are listed one by one."""
 SAMPLE_KEYS = ("model.sequence_length", "data.packing")
 """They say what a sample is: with others, so many samples are another place in the corpus."""
+BATCH = "train.global_batch_size"
+"""Sequences a step; left out, they follow from the micro-batch and the ranks."""
 DIVISION = "data.shard_tokens"
 """Where the corpus is divided into shards, by which its hash goes."""
 
@@ -41,12 +48,16 @@ def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
     return path
 
 
+def begins_elsewhere(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether `resume` names a checkpoint outside the run's own folder."""
+    path = Path(config.resume).expanduser().resolve()
+    return config.resume not in ("auto", "never") and folder.path.resolve() not in (path, *path.parents)
+
+
 def on_restart(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The config of a run that its launcher starts again: `resume` says where the first start begins, and the later
     ones go on from what the run has saved since, if it has."""
-    pointer = folder.checkpoints / checkpoint.POINTER
-    saved = pointer.is_file() and pointer.stat().st_mtime_ns > folder.start.stat().st_mtime_ns
-    return replace(config, resume="auto") if saved else config
+    return replace(config, resume="auto") if has_saved(folder) else config
 
 
 def resume(
@@ -77,8 +88,9 @@ def resume(
     state = loaded.state
     differences: list[Difference] = []
     if state.step > 0:  # a checkpoint of step 0 is an imported model, of which nothing has to stay
-        differences = judged(compare_configs(loaded.manifest.config, config), corpus)
-    report_differences(differences, terminal)
+        differences = compare_configs(loaded.manifest.config, config)
+        differences = judged(with_batch(differences, loaded.manifest, config, engine.processes.world_size), corpus)
+    report_differences(differences, loaded.path, terminal)
     if any(difference.key in SAMPLE_KEYS for difference in differences):
         state = replace(state, consumed_samples=loader.position_after(state.tokens_seen))
         report_position(loaded.state, state, config, terminal)
@@ -90,8 +102,25 @@ def resume(
                 "the corpus differs from the one of the checkpoint: its position, "
                 f"{state.consumed_samples:,} samples, now means other text"
             )
-    own = folder.path.resolve() in loaded.path.resolve().parents
-    return replace(state, corpus_hash=corpus.content_hash, wandb_id=state.wandb_id if own else None)
+    wandb_id = None if begins_elsewhere(config, folder) else state.wandb_id
+    return replace(state, corpus_hash=corpus.content_hash, wandb_id=wandb_id)
+
+
+def with_batch(differences: list[Difference], saved: Manifest, config: RunConfig, world_size: int) -> list[Difference]:
+    """The same differences, but of the global batch as it comes out: where other keys decide it, it is another on other
+    ranks though no key differs, and may be the same though the keys do."""
+    engine = from_plain(EngineConfig, saved.config["engine"])
+    train = from_plain(TrainConfig, saved.config["train"])
+    before = resolve_batch(train, data_ranks(engine, saved.world_size)).global_batch_size
+    now = resolve_batch(config.train, data_ranks(config.engine, world_size)).global_batch_size
+    others = [difference for difference in differences if difference.key != BATCH]
+    return others if before == now else [Difference(BATCH, before, now, matters=True), *others]
+
+
+def from_plain(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A section of a checkpoint's config; keys younger than it have their defaults, as then."""
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in known})
 
 
 def judged(differences: list[Difference], corpus: PreparedData) -> list[Difference]:
@@ -121,8 +150,8 @@ def report_position(saved: TrainState, now: TrainState, config: RunConfig, termi
     )
 
 
-def report_differences(differences: list[Difference], terminal: Terminal) -> None:
-    """Say what differs; keys that change what is trained come first, as warnings."""
+def report_differences(differences: list[Difference], path: Path, terminal: Terminal) -> None:
+    """Say what differs from the checkpoint at `path`; keys that change what is trained come first, as warnings."""
     for difference in differences[:MAX_DIFFERENCES]:
         text = f"{difference.key} was {difference.saved}, is {difference.current}"
         if difference.matters:
@@ -130,4 +159,5 @@ def report_differences(differences: list[Difference], terminal: Terminal) -> Non
         else:
             terminal.say(f"  {text}: changes rounding, speed or output at most")
     if len(differences) > MAX_DIFFERENCES:
-        terminal.say(f"  ... and {len(differences) - MAX_DIFFERENCES} more keys: compare config.yaml")
+        more = len(differences) - MAX_DIFFERENCES
+        terminal.say(f"  ... and {more} more keys: compare config.yaml with {short_path(path)}/manifest.json")

@@ -4,6 +4,7 @@ runs/<name>/
   config.yaml      the resolved config
   metrics.jsonl    one object per logged step
   curves.png       loss and MFU
+  tokenizer.json   what text became tokens by, and in tokenizer_config.json the separator of documents
   checkpoints/     step_XXXXXXXX/ and the pointer `latest`
   wandb/           wandb's own files
   run.log          everything that libraries said, and tracebacks
@@ -13,8 +14,10 @@ runs/<name>/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +31,14 @@ from configs.errors import UserError
 from configs.messages import plain
 from configs.schema import RunConfig
 
+LOG = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
+POINTER = "latest"
+"""In `checkpoints`: names the newest one."""
 WATERFALL = ("waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz")
 RECORD = ("metrics.jsonl", "curves.png", *WATERFALL)
 """What of it tells of the steps that were done."""
-OURS = ("config.yaml", *RECORD, TOKENIZER, "checkpoints", "wandb", "run.log")
+OURS = ("config.yaml", *RECORD, TOKENIZER, "tokenizer_config.json", "checkpoints", "wandb", "run.log")
 """What a run writes; anything else in the folder is the user's and stays."""
 
 
@@ -45,6 +51,11 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def new_config(self) -> Path:
+        """The config of a start that has not yet gone on from what is here."""
+        return self.path / "config.yaml.tmp"
 
     @property
     def metrics(self) -> Path:
@@ -101,6 +112,10 @@ def claim(folder: RunFolder, resume: str, start: Mapping[str, str] | None = None
             raise UserError(
                 f"Another run (process {owner}) is writing to {folder.path}: wait for it, or give run_dir=PATH."
             ) from None
+        except OSError as error:  # Lustre without its mount option `flock`, and some of user space
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            LOG.warning(f"{folder.path} has no locks ({error.strerror}): nothing keeps a second run out of it")
         again = is_restart(folder, start or {})
         with writing(folder.path):
             lock.truncate(0)
@@ -108,7 +123,7 @@ def claim(folder: RunFolder, resume: str, start: Mapping[str, str] | None = None
             if resume == "never" and not again:
                 move_aside(folder)
             if not again:
-                folder.start.write_text(json.dumps(dict(start or {})))
+                folder.start.write_text(json.dumps({**(start or {}), POINTER: pointer_state(folder)}))
         yield again
 
 
@@ -123,6 +138,21 @@ def is_restart(folder: RunFolder, start: Mapping[str, str]) -> bool:
         return True
     same_job = "slurm_job" in start and start["slurm_job"] == first.get("slurm_job")
     return same_job and start["slurm_restarts"] != first.get("slurm_restarts")
+
+
+def has_saved(folder: RunFolder) -> bool:
+    """Whether the run of a launcher that starts it again has saved since the first of these starts."""
+    first = json.loads(folder.start.read_text())
+    return pointer_state(folder) not in (None, first.get(POINTER))
+
+
+def pointer_state(folder: RunFolder) -> str | None:
+    """Which file the pointer is and what it says, to be compared: its age alone would be wrong once a clock is set."""
+    pointer = folder.checkpoints / POINTER
+    if not pointer.is_file():
+        return None
+    status = pointer.stat()
+    return f"{pointer.read_text().strip()} {status.st_ino} {status.st_mtime_ns}"
 
 
 @contextmanager
@@ -148,14 +178,19 @@ def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
 
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
-    """Write the resolved config, whole or not at all; where the run will save, see now that it can."""
-    partial = folder.config.with_suffix(".yaml.tmp")
+    """Write the resolved config, for `keep_config` to put in place; where the run will save, see now that it can."""
     with writing(folder.path):
-        partial.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        partial.replace(folder.config)
+        folder.new_config.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     if config.train.save_every:
         with writing(folder.checkpoints):
             folder.checkpoints.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder.checkpoints) as probe:
                 probe.write(b"checkpoint")
                 probe.flush()
+
+
+def keep_config(folder: RunFolder) -> None:
+    """From here on config.yaml is that of this start. Until it has gone on from what is here, it is that of what is
+    here: where the two don't fit, it says what to restore."""
+    with writing(folder.path):
+        folder.new_config.replace(folder.config)

@@ -3,7 +3,8 @@
 Step `s` counts finished optimizer steps from 0, so the first update uses `s = 0`. Warm-up rises linearly and reaches
 the peak at the update after `warmup_steps` of them. The cosine and linear decays follow at once and end after
 `decay_steps` updates at the final rate, which then stays; wsd stays at the peak and decays in the run's last
-`decay_steps` updates. With `decay_steps` unset, the run's last update gets the final rate in all three.
+`decay_steps` updates, or in all after the warm-up where those are fewer. The run's last update gets the final rate in
+wsd, and in the other two with `decay_steps` unset.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
 def decay_length(optim: OptimConfig, total_steps: int) -> int:
     """Updates of the decay: `decay_steps`, else all after the warm-up, for wsd a fifth of the run."""
     after_warmup = max(total_steps - optim.warmup_steps, 0)
-    if optim.decay_steps is not None:
-        return optim.decay_steps
-    return min(math.ceil(total_steps / 5), after_warmup) if optim.schedule is Schedule.wsd else after_warmup
+    if optim.schedule is Schedule.wsd:
+        wanted = math.ceil(total_steps / 5) if optim.decay_steps is None else optim.decay_steps
+        return min(wanted, after_warmup)
+    return after_warmup if optim.decay_steps is None else optim.decay_steps
 
 
 def shape(schedule: Schedule, progress: float) -> float:

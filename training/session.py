@@ -17,7 +17,7 @@ from training.distributed import Processes
 from training.interrupts import Interrupts
 from training.resume import on_restart
 from training.rng import make_deterministic
-from training.run import RunFolder, claim, run_folder, write_config
+from training.run import RunFolder, claim, is_restart, run_folder, write_config
 from training.validate import validate
 from training.watchdog import Peers, RankLostError, of_collective
 
@@ -55,10 +55,12 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         processes = distributed.init(config.hardware.device, config.engine.timeout_minutes)
         stack.callback(processes.close)
         config = processes.broadcast(config)
-        validate(config, processes.world_size)
-        folder = run_folder(config)
+        folder, start = run_folder(config), distributed.start_of(os.environ)
+        # What `resume` names has served once a restart goes on from its own, and may be gone.
+        restarted = processes.is_main and is_restart(folder, start)
+        validate(processes.broadcast(on_restart(config, folder) if restarted else config), processes.world_size)
         if processes.is_main:
-            again = stack.enter_context(claim(folder, config.resume, distributed.start_of(os.environ)))
+            again = stack.enter_context(claim(folder, config.resume, start))
             write_config(folder, config)
             config = on_restart(config, folder) if again else config
         config = processes.broadcast(config)  # by now the folder is there, and an earlier run is out of the way

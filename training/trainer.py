@@ -14,6 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
 
+import numpy as np
 import torch
 
 from configs.errors import OUT_OF_MEMORY, OutOfMemoryError, UserError
@@ -32,8 +33,9 @@ from data.preparation import Progress as DataProgress
 from data.preparation import ProgressCallback
 from data.progress import show_progress
 from data.report import describe_packing
+from data.tokenizer import name_separator
 from model import build_model, resolve_attention
-from model.flops import flops_per_token, parameter_counts
+from model.flops import causal_flops_of_documents, flops_per_token, parameter_counts
 from model.generate import generate
 from training import checkpoint, rng
 from training import metrics as m
@@ -47,8 +49,8 @@ from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
-from training.resume import resume
-from training.run import RECORD, move_aside
+from training.resume import begins_elsewhere, resume
+from training.run import RECORD, keep_config, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
 from training.session import Session
@@ -130,7 +132,9 @@ class Trainer:
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
         self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
         if processes.is_main:
+            keep_config(session.folder)
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
+            name_separator(session.folder.path, self.corpus.manifest.eos_token)
             self._keep_earlier_metrics()
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
@@ -152,14 +156,16 @@ class Trainer:
         self.meter.start()
 
     def _keep_earlier_metrics(self) -> None:
-        """A run that starts anew beside the record of an earlier one, whose checkpoints are gone, leaves it whole."""
+        """A run that starts anew beside the record of an earlier one, whose checkpoints are gone, leaves it whole. So
+        does one that goes on from a run elsewhere: a record is of one run."""
         folder = self.session.folder
-        if self.state.step == 0 and read_metrics(folder.metrics):
+        elsewhere = begins_elsewhere(self.config, folder)
+        if (self.state.step == 0 or elsewhere) and read_metrics(folder.metrics):
             kept = move_aside(folder, RECORD)
             assert kept is not None
-            self.session.terminal.warn(
-                f"there is no checkpoint to go on from: the run starts anew, earlier metrics are in {short_path(kept)}"
-            )
+            why = "there is no checkpoint to go on from: the run starts anew"
+            why = f"resume={self.config.resume} is another run" if elsewhere else why
+            self.session.terminal.warn(f"{why}, earlier metrics are in {short_path(kept)}")
 
     def _loader(self) -> TokenLoader:
         config, processes = self.config, self.processes
@@ -296,11 +302,16 @@ class Trainer:
         if step.known:
             self.learn()
         if not self.profiler.running:
-            self.meter.step(batch.valid_tokens, batch.wait_s)
+            self.meter.step(batch.valid_tokens, batch.wait_s, self._causal_flops(batch))
         self._end_profiled_step()
         self.progress.advance(state.step)
         self.watchdog.beat()
         self.saver.poll()  # a save that has failed ends the run here
+
+    def _causal_flops(self, batch: GlobalBatch) -> float | None:
+        """FLOPs a token where documents don't see each other, by this rank's, which stand for all; None elsewhere."""
+        lengths = [micro.document_lengths for micro in batch.micro_batches if micro.document_lengths is not None]
+        return causal_flops_of_documents(self.model_config, np.concatenate(lengths)) if lengths else None
 
     def learn(self, *, failed: bool = False) -> None:
         """Look at the last step's result, and write its metrics if that is due. Waits for the device if it must.
@@ -458,7 +469,8 @@ class Trainer:
         if not self.processes.is_main and self.config.engine.zero_stage < 3:
             return
         prompt = self.config.train.sample_prompt
-        ids = self.tokenizer.encode(prompt).ids or [self.corpus.eos_id]
+        # Without what a tokenizer puts around a text: documents were prepared without, so the model has never seen it.
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids or [self.corpus.eos_id]
         device = self.processes.device
         start = torch.tensor([ids], device=device)  # (1, T)
         generator = torch.Generator(device).manual_seed(self.config.seed)

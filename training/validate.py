@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from configs.errors import UserError
-from configs.schema import Attention, Device, Precision, RunConfig, Schedule, Source
+from configs.schema import Attention, DataConfig, Device, Precision, RunConfig, Schedule, Source
+from data.mixture import check_mixture
 from model import resolve_attention
 from model.checks import check
 from model.sequence import problems as sequence_problems
@@ -67,7 +68,7 @@ def _ranks(config: RunConfig, world_size: int) -> Iterator[str]:
 def _numbers(config: RunConfig) -> Iterator[str]:
     """Ranges of single numbers."""
     train, data, optim = config.train, config.data, config.optim
-    at_least = {
+    at_least: dict[str, tuple[float, int]] = {
         "train.steps": (train.steps, 1),
         "train.log_every": (train.log_every, 1),
         "train.eval_every": (train.eval_every, 0),
@@ -95,6 +96,8 @@ def _numbers(config: RunConfig) -> Iterator[str]:
         yield f"seed is {config.seed}: it must be below 2^63."
     if not config.name:
         yield "name is empty: it names the run folder, runs/NAME, and the run in wandb."
+    at_least |= {"data.max_documents": (data.max_documents, 1)} if data.max_documents is not None else {}
+    at_least |= {"optim.decay_steps": (optim.decay_steps, 1)} if optim.decay_steps is not None else {}
     for key, (value, minimum) in at_least.items():
         if not value >= minimum:
             yield f"{key} is {value}: it must be at least {minimum}."
@@ -119,6 +122,20 @@ def _numbers(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
+    if data.mixture:
+        try:
+            check_mixture(data)
+        except UserError as error:
+            yield str(error)
+    else:
+        yield from _source(data)
+    splits = [source.validation_split for source in data.mixture] or [data.validation_split]
+    if not all(splits) and not data.validation_fraction and config.train.eval_every:
+        yield "train.eval_every needs a validation split: set data.validation_fraction above 0, or train.eval_every=0."
+
+
+def _source(data: DataConfig) -> Iterator[str]:
+    """A corpus of one source."""
     if data.source is not Source.stdlib and not data.path:
         what = "the dataset's name" if data.source is Source.hub else "a file, a folder or a glob"
         yield f"data.path is not set: data={data.source} needs {what} (data.path=...)."
@@ -126,8 +143,6 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.path is {data.path!r}, which data=stdlib does not read: choose data=text, jsonl, parquet or hub."
     if data.source is not Source.hub and data.validation_split is not None:
         yield "data.validation_split is for data=hub: use data.validation_fraction."
-    if not data.validation_split and not data.validation_fraction and config.train.eval_every:
-        yield "train.eval_every needs a validation split: set data.validation_fraction above 0, or train.eval_every=0."
 
 
 def _optim(config: RunConfig) -> Iterator[str]:

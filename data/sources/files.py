@@ -229,7 +229,8 @@ def _local_file(path: Path, root: Path) -> LocalFile:
 def _walk(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())  # no link to nothing, and no pipe, which would wait
 
 
 def _plain_suffix(path: Path) -> str:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from configs import compose, override, overrides_last, schema, strip_launcher_flags, sweep_folder
+from configs import (
+    compose,
+    override,
+    overrides_last,
+    schema,
+    strip_launcher_flags,
+    sweep_exit_code,
+    sweep_folder,
+)
 from configs.errors import UserError
 from configs.messages import plain, schema_keys
 
@@ -156,3 +164,8 @@ def test_plain_values_survive_json() -> None:
     assert tree["model"]["attention"] == "auto"
     assert tree["logging"]["tags"] == ["a", "b"]
     assert type(tree["model"]["attention"]) is str
+
+
+@pytest.mark.parametrize(("codes", "code"), [([], 0), ([0, 0], 0), ([0, 75], 75), ([0, -9], 137), ([2, -15, 0], 143)])
+def test_a_sweep_fails_where_a_job_is_killed(codes: list[int], code: int) -> None:
+    assert sweep_exit_code(codes) == code

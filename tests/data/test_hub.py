@@ -18,7 +18,7 @@ from configs.schema import DataConfig, Source
 from data import DataError, PreparedData, prepare
 from data.sources import hub, open_sources
 from data.sources.hub import HubSource, Opened
-from data.tokenizer import fetch_tokenizer
+from data.tokenizer import fetch_tokenizer, inspect_tokenizer
 from tests.data.conftest import jsonl_config, make_texts
 from tests.data.test_tools import ROOT
 
@@ -97,6 +97,27 @@ def test_a_tokenizer_that_is_not_there_yet(silent: SilentHub, tmp_path: Path) ->
     with pytest.raises(DataError, match=MESSAGE):
         fetch_tokenizer("owner/name", tmp_path)
     assert time.monotonic() - begin < 20
+
+
+def test_a_tokenizer_that_names_no_separator(
+    tiny: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its repository has a tokenizer.json and nothing else: as beside a file, a known separator is looked for."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    class MissingError(OSError, EntryNotFoundError):
+        """As the client raises it, which takes a response."""
+
+    def download(name: str, file: str, cache_dir: str) -> str:
+        if file != "tokenizer.json":
+            raise MissingError(f"404: {file}")
+        return str(tiny.tokenizer_path)
+
+    monkeypatch.setattr("data.tokenizer.probe_hub", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    tokenizer, separator = fetch_tokenizer("owner/name", tmp_path)
+    assert separator is None
+    assert inspect_tokenizer(tokenizer).hash == tiny.tokenizer_hash
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_document_bounds(tiny: PreparedData) -> None:
             bounds = micro.cu_seqlens.tolist()
             assert bounds == expected_bounds(micro.tokens, tiny.eos_id)
             assert micro.max_seqlen == max(np.diff(bounds))
+            assert micro.document_lengths is not None
+            assert micro.document_lengths.tolist() == np.diff(bounds).tolist()
             found += len(bounds) - 5
     assert found > 100
 

@@ -110,6 +110,8 @@ def test_an_epoch_of_batches(tiny: PreparedData, sequence_length: int) -> None:
         assert micro.cu_seqlens.dtype == torch.int32
         assert micro.cu_seqlens.tolist() == [0, *np.cumsum(lengths), *padding]
         assert micro.max_seqlen == micro.cu_seqlens.diff().max()
+        assert micro.document_lengths is not None
+        assert micro.document_lengths.tolist() == lengths
         for start in starts:  # a piece begins a document, unless that is longer than a row
             assert stream[start] == tiny.eos_id or tiny.train.document_lengths().max() > sequence_length
 

@@ -189,6 +189,23 @@ def test_finished_shards_are_not_redone(big: tuple[Path, Path, str], tmp_path: P
     assert first.tokens >= done > 0, "the display begins with what was done before"
 
 
+def test_signals_to_the_whole_group_are_the_parents(big: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """A terminal, torchrun and SLURM send them to the processes that tokenise as well. What they mean the run decides:
+    it stops, or asks for a requeue, which an error of a worker would forestall."""
+    corpus, reference, content_hash = big
+    process = start(corpus, tmp_path, workers=2)
+    while not (tmp_path / f"{reference.name}.partial" / STATE).is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)  # by now a worker has answered
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            worker.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert output.strip() == content_hash, errors
+
+
 def _finished(partial: Path) -> list[object]:
     shards: list[object] = json.loads((partial / STATE).read_text())["writers"]["train"]["finished"]["shards"]
     return shards
@@ -206,6 +223,28 @@ def test_a_lost_partial_file_means_beginning_anew(big: tuple[Path, Path, str], t
     assert not can_resume(tmp_path / "split", "<u2", state)
     (tmp_path / "split" / "00000.documents").unlink()
     assert not can_resume(tmp_path / "split", "<u2", state)
+
+
+def test_going_on_leaves_the_tokenizer_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill, or a disk that others fill, while it is written again must not cost what was finished: the file that is
+    there stays until another is whole."""
+    config = jsonl_config(write_jsonl(tmp_path / "a.jsonl", make_texts(60)), tmp_path / "cache")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.preparation._check_splits", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    (partial,) = (tmp_path / "cache").glob("*.partial")
+    assert (partial / STATE).is_file()
+    there = partial / "tokenizer.json"
+    there.write_text(there.read_text() + "\n")
+    os.link(there, tmp_path / "kept")
+    before = (tmp_path / "kept").read_bytes()
+    prepare(config)
+    assert (tmp_path / "kept").read_bytes() == before
 
 
 def test_a_writer_goes_on_where_its_state_was(tmp_path: Path) -> None:

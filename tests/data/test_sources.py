@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -146,6 +147,14 @@ def test_identity_follows_the_files_not_their_folder(tmp_path: Path) -> None:
     assert open_sources(config)[0].identity() != before
     config.text_key = "other"
     assert open_sources(config)[0].identity()["text_key"] == "other"
+
+
+def test_a_folder_may_hold_links_to_nothing_and_pipes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere.txt")
+    os.mkfifo(tmp_path / "c.txt")
+    source = open_sources(DataConfig(source=Kind.text, path=str(tmp_path)))[0]
+    assert list(source.read()) == ["text"]
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " ", ""])

@@ -14,16 +14,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data import DataError, PreparedData, load_tokenizer
+from data import DataError, PreparedData, load_tokenizer, prepare, prepare_tokenizer
 from data.tokenizer import END_OF_TEXT, fetch_tokenizer, inspect_tokenizer, tokenizer_identity, train_tokenizer
 from data.worker import encode_batch, load
-from tests.data.conftest import make_texts, write_jsonl
+from tests.data.conftest import jsonl_config, make_texts, write_jsonl
 
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 
@@ -52,6 +54,28 @@ def test_long_documents_are_encoded_in_pieces_without_loss(tiny: PreparedData, m
     assert num_bytes == [len(text.encode())]
     ids = list(memoryview(tokens).cast("H"))
     assert load_tokenizer(tiny).decode(ids[1:], skip_special_tokens=False) == text
+
+
+def test_little_text_is_encoded_at_a_time(tiny: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoding takes 80 times its text in memory; one document may be a gigabyte."""
+    monkeypatch.setattr("data.worker.PIECE_CHARS", 100)
+    texts = ["", "\n".join(make_texts(20, seed=9)), *make_texts(30), "", "x"]
+    tokenizer, calls = load(str(tiny.tokenizer_path)), []
+
+    class Counting:
+        """The tokenizer, which notes how much text it is given."""
+
+        def encode_batch_fast(self, pieces: list[str], add_special_tokens: bool) -> list[Any]:
+            calls.append(sum(map(len, pieces)))
+            return tokenizer.encode_batch_fast(pieces, add_special_tokens=add_special_tokens)
+
+    counting: Any = Counting()
+    tokens, lengths, _, _ = encode_batch(counting, texts, tiny.eos_id, "<u2", 10**6)
+    assert max(calls) <= 100
+    assert len(calls) < len(texts) + sum(map(len, texts)) // 50, "short texts go together"
+    documents = np.split(np.frombuffer(tokens, "<u2"), np.cumsum(lengths)[:-1])
+    decoded = [tokenizer.decode(ids[1:].tolist(), skip_special_tokens=False) for ids in documents]
+    assert decoded == [text for text in texts if text]
 
 
 def test_documents_longer_than_a_shard_become_several(tiny: PreparedData) -> None:
@@ -158,6 +182,22 @@ def test_by_file_and_by_folder(tiny: PreparedData, tmp_path: Path) -> None:
     info = inspect_tokenizer(by_folder, separator)
     assert (info.eos_token, info.eos_id, info.vocab_size) == ("<end>", tiny.vocab_size, tiny.vocab_size + 1)
     assert tokenizer_identity(str(folder)) != tokenizer_identity(str(tiny.tokenizer_path))
+
+
+def test_another_separator_is_another_corpus(tiny: PreparedData, tmp_path: Path) -> None:
+    """Of the same tokenizer.json: documents begin with another token."""
+    corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(40))
+    tokenizer, _ = fetch_tokenizer(str(tiny.tokenizer_path), tmp_path)
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = jsonl_config(corpus, tmp_path / "cache", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert prepare(config).manifest.eos_token == END_OF_TEXT
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    other = prepare(config)
+    assert (other.manifest.eos_token, other.eos_id) == ("<end>", tiny.vocab_size)
+    assert all(tokens[0] == other.eos_id for tokens in other.train.documents())
+    by_path, separator = fetch_tokenizer(str(prepare_tokenizer(config)), tmp_path)  # as of a run that has no copy
+    assert inspect_tokenizer(by_path, separator).eos_token == "<end>"
 
 
 @pytest.mark.parametrize("content", ["{ half", "[1]", '{"eos_token": {}}', '{"eos_token": 7}'])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import Activation, Attention, ModelConfig, Norm, Position
 from model import build_model
-from model.flops import flops_per_token, mean_visible_keys, parameter_counts
+from model.flops import causal_flops_of_documents, flops_per_token, mean_visible_keys, parameter_counts
 
 MODERN: dict[str, Any] = {
     "position": Position.rope,
@@ -51,6 +52,16 @@ def test_gpt3_1b3_by_hand() -> None:
     assert flops.attention_causal == 12 * 24 * 2048 * 1024.5
     assert flops.megatron == 6 * (1_310_885_888 + 638_976 + 4_096) + 1_207_959_552
     assert flops.megatron == pytest.approx(9.07e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_documents_that_do_not_see_each_other(window: int | None) -> None:
+    config = ModelConfig(num_layers=2, num_heads=2, width=64, sequence_length=16, vocab_size=100, window=window)
+    whole = flops_per_token(config)
+    assert causal_flops_of_documents(config, np.array([16, 16])) == whole.causal
+    lengths = [1, 5, 7, 3]
+    keys = sum(min(query, window or query) + 1 for length in lengths for query in range(length))
+    assert causal_flops_of_documents(config, np.array(lengths)) == whole.matmul + 12 * 2 * 64 * keys / 16
 
 
 def test_llama_with_grouped_heads_by_hand() -> None:

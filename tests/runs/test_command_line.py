@@ -4,9 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 
+from data.tokenizer import train_tokenizer
+from scripts import sample
+from tests.data.conftest import make_texts, write_jsonl
 from tests.runs.conftest import ROOT, Runs, rows
+from training.saved_run import open_saved
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +94,31 @@ def test_empty_corpus_is_named(runs: Runs, tmp_path: Path) -> None:
     assert result.returncode != 0
     assert "Traceback" not in result.stdout + result.stderr
     assert "empty.txt" in result.stdout + result.stderr
+
+
+def test_own_tokenizer_trains_and_samples(runs: Runs, tmp_path: Path) -> None:
+    """One that names its separator, and puts tokens around a text that documents don't have."""
+    tokenizer = train_tokenizer(make_texts(40), 300)
+    tokenizer.add_special_tokens(["<begin>", "<end>"])
+    tokenizer.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 300)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    corpus, folder = write_jsonl(tmp_path / "corpus.jsonl", make_texts(40)), tmp_path / "run"
+    settings = ["data=jsonl", f"data.path={corpus}", f"data.tokenizer={tmp_path}", f"run_dir={folder}", "train.steps=1"]
+    runs.forked(*settings, "train.sample_tokens=4", "train.sample_prompt=''")
+    saved = open_saved(folder)
+    assert (saved.info.eos_token, saved.info.eos_id) == ("<end>", 301)
+    prompts = []
+
+    def generate(model: object, start: torch.Tensor, *_: object) -> torch.Tensor:
+        prompts.append(start.tolist())
+        return start
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "generate", generate)
+        for prompt in ("", "ab"):
+            sample.main(sample.parse([str(folder), "--prompt", prompt, "--device", "cpu"]))
+    assert prompts == [[[301]], [saved.tokenizer.encode("ab").ids[1:]]]
 
 
 def test_own_text_trains(runs: Runs, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.schema import ModelConfig
+from model.flops import flops_per_token
 from tests.data.conftest import make_texts, write_jsonl
 from tests.runs.conftest import Runs, losses, rows
 from training.checkpoint import consolidated_weights, find_checkpoint
@@ -44,7 +46,12 @@ def test_packed_documents_go_on_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = runs.forked(*settings, f"run_dir={whole}")
     assert "% padding" in result.stdout
-    assert rows(whole)[-1]["data/tokens_seen"] < 12 * 4 * 128
+    last = rows(whole)[-1]
+    assert last["data/tokens_seen"] < 12 * 4 * 128
+    model = ModelConfig(num_layers=1, num_heads=2, width=32, sequence_length=128, vocab_size=300)
+    flops = flops_per_token(model)
+    share = last["perf/mfu_causal"] / last["perf/mfu"]
+    assert flops.matmul / flops.megatron < share < 0.97 * flops.causal / flops.megatron, "keys of other documents"
     runs.forked(*settings, f"run_dir={killed}", kill_after_rows=5)
     runs.forked(*settings, f"run_dir={killed}")
     assert_equal_runs(whole, killed)
@@ -124,7 +131,12 @@ def test_resume_from_another_run(runs: Runs, tmp_path: Path) -> None:
     runs.forked(f"run_dir={first}", "train.steps=6", "optim.schedule=constant")
     runs.forked(f"run_dir={second}", f"resume={first}", "optim.schedule=constant")
     runs.forked(f"run_dir={whole}", "optim.schedule=constant")
-    assert losses(second) == {step: loss for step, loss in losses(whole).items() if step > 6}
+    after = {step: loss for step, loss in losses(whole).items() if step > 6}
+    assert losses(second) == after
+    result = runs.forked(f"run_dir={whole}", f"resume={first}", "optim.schedule=constant")
+    assert "is another run, earlier metrics are in" in " ".join(result.stdout.split())
+    assert losses(whole) == after, "of the run that was there nothing"
+    assert list(losses(whole / "previous" / "1")) == list(range(1, 9))
 
 
 def test_longer_samples_go_on_where_the_shorter_ones_were(runs: Runs, tmp_path: Path) -> None:
@@ -140,12 +152,13 @@ def test_longer_samples_go_on_where_the_shorter_ones_were(runs: Runs, tmp_path: 
 
 
 def test_a_job_that_is_queued_again_goes_on_from_its_own_checkpoint(runs: Runs, tmp_path: Path) -> None:
-    """And not from the other run's, where it began."""
+    """And not from the other run's, where it began: that may be gone."""
     first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
     steady = "optim.schedule=constant"
     runs.run(f"run_dir={first}", "train.steps=2", steady)
     job = {"SLURM_JOB_ID": "7"}
     runs.run(f"run_dir={second}", f"resume={first}", "train.steps=4", steady, environment=job)
+    shutil.rmtree(first)
     again = runs.run(f"run_dir={second}", f"resume={first}", steady, environment=job | {"SLURM_RESTART_COUNT": "1"})
     assert "second/checkpoints/step_00000004, 4 steps done" in again.stdout.replace("\n", "")
     runs.run(f"run_dir={whole}", steady)
@@ -178,6 +191,27 @@ def test_changed_keys_are_reported(runs: Runs, tmp_path: Path) -> None:
     result = runs.forked(f"run_dir={tmp_path}", "train.steps=4", "optim.lr=1e-4", "train.log_every=2")
     assert "optim.lr was 0.003, is 0.0001: the run goes on differently" in result.stdout
     assert "train.log_every was 1, is 2: changes rounding, speed or output at most" in result.stdout
+
+
+def test_a_batch_that_follows_from_the_ranks_is_reported(runs: Runs, tmp_path: Path) -> None:
+    """No key differs, and yet a step takes half of what it took; with other keys it is the same again."""
+    free = [f"run_dir={tmp_path}", "train.global_batch_size=null"]
+    runs.forked(*free, "train.micro_batch_size=2", "train.steps=2", processes=2)
+    told = "train.global_batch_size was 4, is 2: the run goes on differently"
+    assert told in runs.forked(*free, "train.micro_batch_size=2", "train.steps=2").stdout
+    same = runs.forked(f"run_dir={tmp_path}", "train.global_batch_size=4", "train.steps=2").stdout
+    assert "Going on from" in same
+    assert "goes on differently" not in same
+
+
+def test_a_start_that_fails_leaves_the_config_that_it_is_told_to_restore(runs: Runs, tmp_path: Path) -> None:
+    runs.forked(f"run_dir={tmp_path}", "train.steps=1")
+    before = (tmp_path / "config.yaml").read_bytes()
+    result = runs.forked(f"run_dir={tmp_path}", "train.steps=2", "model.width=64", code=2)
+    assert "restore model.* as in its config.yaml" in " ".join(result.stderr.split())
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    runs.forked(f"run_dir={tmp_path}", "train.steps=2")
+    assert "  steps: 2" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

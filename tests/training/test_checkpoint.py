@@ -29,6 +29,7 @@ from training.checkpoint import CheckpointError
 from training.differences import ABSENT, compare_configs
 from training.distributed import Processes
 from training.engine import Engine
+from training.optimizer import fp16_scale
 from training.resume import resume
 from training.run import RunFolder
 from training.state import TrainState
@@ -213,7 +214,7 @@ def test_nothing_usable_is_an_error_and_nothing_at_all_is_not(
     assert checkpoint.load(one, tmp_path / "empty") is None
 
 
-def test_run_folders_and_the_pointer(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_run_folders_and_the_pointer(saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, _ = saved
     run = folder / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -227,6 +228,14 @@ def test_run_folders_and_the_pointer(build: Build, saved: tuple[Path, dict[str, 
     # A pointer to nothing doesn't matter.
     (run / "checkpoints" / "latest").write_text("step_00000009\n")
     assert checkpoint.find_checkpoint(run).name == "step_00000002"
+    # Where the one it names is gone, one of its own branch comes before later ones of another.
+    shutil.move(run / "checkpoints" / "step_00000002", run / "checkpoints" / "step_00000004")
+    (run / "checkpoints" / "latest").write_text("step_00000003\n")
+    assert [c.name for c in checkpoint.candidates(run)] == ["step_00000001", "step_00000004"]
+    # A run may have any name.
+    for name in ("step_by_step", "step_7"):
+        run = run.rename(tmp_path / name)
+        assert checkpoint.find_checkpoint(run).name == "step_00000001"
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         checkpoint.find_checkpoint(folder / "nowhere")
 
@@ -330,7 +339,7 @@ def test_small_files_that_fail(
     monkeypatch.setattr(checkpoint, "write_synced", write_synced)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(one, folder, 3)
-    assert checkpoint.find_checkpoint(folder).name == "step_00000002"
+    assert [c.name for c in checkpoint.checkpoints(folder)] == ["step_00000002", "step_00000001"]
 
 
 def test_what_is_kept(build: Build, tmp_path: Path) -> None:
@@ -424,6 +433,15 @@ def test_skipped_steps_and_loss_scale_survive(build: Build, tmp_path: Path) -> N
     checkpoint.load(other, tmp_path)
     assert (other.loss_scale.scale, other.loss_scale.calm_steps, other.skipped) == (512.0, 17, 3)
     assert other.partition.updates == 1
+
+
+def test_a_loss_scale_that_is_set_on_resuming_is_used(build: Build, tmp_path: Path) -> None:
+    """Fixed where it was dynamic, or another number, or dynamic again: as the config says, and as is said of it."""
+    for before, now in ((0.0, 128.0), (128.0, 64.0), (64.0, 0.0)):
+        one, other = (build(0, "fp16", loss_scale=scale) for scale in (before, now))
+        saved = save(one, tmp_path, 1)
+        assert checkpoint.load(other, saved) is not None
+        assert other.loss_scale == fp16_scale(now)
 
 
 def test_shard_file_round_trip(tmp_path: Path) -> None:

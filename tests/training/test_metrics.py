@@ -78,6 +78,20 @@ def test_rates_of_a_hand_count() -> None:
     assert report.mfu_causal == pytest.approx(0.30)
 
 
+def test_steps_of_other_flops() -> None:
+    """Of two steps of 1,000 tokens in 1 s each, the second with 2 GFLOP a token where causal attention needs 6."""
+    clock = FakeClock()
+    meter = meter_on(clock)
+    meter.start()
+    for flops in (None, 2e9):
+        clock.work(1.0)
+        meter.step(1000, causal_flops_per_token=flops)
+    report = meter.report()
+    assert report is not None
+    assert report == meter.total()
+    assert (report.mfu, report.mfu_causal) == (pytest.approx(0.08), pytest.approx((6 + 2) / 2 * 1000 * 1e9 / 1e14))
+
+
 def test_no_wait_between_reports() -> None:
     clock = FakeClock()
     meter = meter_on(clock)

@@ -1,5 +1,6 @@
 """The run folder: claimed by one process, moved aside only when asked."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import DataConfig, RunConfig, TrainConfig
 from training.distributed import start_of
 from training.resume import on_restart
-from training.run import RunFolder, claim, move_aside, run_folder, write_config
+from training.run import RunFolder, claim, keep_config, move_aside, run_folder, write_config
 
 
 def test_folder_is_runs_name_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +48,17 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
         except UserError:
             time.sleep(0.1)
     pytest.fail("the lock outlived its process")
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with claim(RunFolder(tmp_path), "auto"):
+        assert "has no locks (Function not implemented): nothing keeps a second run out of it" in caplog.text
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
@@ -143,6 +155,17 @@ def test_a_launcher_that_starts_a_run_again_goes_on(tmp_path: Path, resume: str)
         assert folder.checkpoints.exists() is (resume != "never")
 
 
+def test_a_clock_that_is_set_back_loses_no_checkpoint(tmp_path: Path) -> None:
+    """The time of a start may lie ahead of all that follows: a node that had no time yet, another one's clock."""
+    folder = RunFolder(tmp_path)
+    with claim(folder, "never", slurm(0)):
+        save(folder)
+        os.utime(folder.checkpoints / "latest", (0, 0))
+    with claim(folder, "never", slurm(1)) as again:
+        assert again
+        assert on_restart(compose(["resume=never"]), folder).resume == "auto"
+
+
 def test_torchruns_restarts_are_known_by_its_process(tmp_path: Path) -> None:
     """Whatever it counts: after the loss of another node it counts none."""
     folder, start = RunFolder(tmp_path), start_of({"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"})
@@ -164,6 +187,7 @@ def test_the_same_job_may_start_anew_as_often_as_it_likes(tmp_path: Path) -> Non
 def test_config_is_written_resolved(tmp_path: Path) -> None:
     config = compose(["train.steps=7", "model.attention=standard"])
     write_config(RunFolder(tmp_path), config)
+    keep_config(RunFolder(tmp_path))
     tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert tree["train"]["steps"] == 7
     assert tree["model"]["attention"] == "standard"

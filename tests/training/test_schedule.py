@@ -41,6 +41,10 @@ def test_wsd_decays_at_the_end() -> None:
     assert rates(6, schedule=Schedule.wsd, decay_steps=2)[-3:] == pytest.approx([1.0, 1.0, 0.1])
 
 
+def test_wsd_ends_at_the_final_rate_where_the_run_is_shorter_than_its_decay() -> None:
+    assert rates(6, schedule=Schedule.wsd, warmup_steps=2, decay_steps=50)[2:] == pytest.approx([1.0, 0.7, 0.4, 0.1])
+
+
 def test_constant_stays_at_the_peak() -> None:
     assert rates(9, schedule=Schedule.constant, warmup_steps=2)[2:] == [1.0] * 7
 

@@ -20,7 +20,10 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         (["optim.beta2=1.0"], ["optim.beta2"]),
         (["optim.min_lr_ratio=2"], ["optim.min_lr_ratio"]),
         (["optim.schedule=constant", "optim.decay_steps=3"], ["optim.decay_steps", "constant"]),
+        (["optim.decay_steps=-5"], ["optim.decay_steps is -5", "at least 1"]),
+        (["data.max_documents=0"], ["data.max_documents is 0", "at least 1"]),
         (["data=text"], ["data.path is not set"]),
+        (["data.mixture=[{name: A}]"], ["data.mixture[0].name is 'A'", "lower-case"]),
         (["data.path=x"], ["data=stdlib does not read"]),
         (["data.validation_fraction=0"], ["train.eval_every", "data.validation_fraction"]),
         (["engine.zero_stage=4"], ["engine.zero_stage=4", "possible"]),
@@ -99,6 +102,15 @@ def test_all_problems_come_together() -> None:
 
 def test_a_run_shorter_than_its_warm_up_is_allowed() -> None:
     validate(compose(["train.steps=5"]), world_size=1)
+
+
+def test_a_mixture_says_itself_where_its_text_and_its_validation_are() -> None:
+    """Whatever kind of source the section it is in is of."""
+    entry = "{name: a, source: hub, path: o/n, validation_split: test}"
+    given = ["data=jsonl", "data.validation_fraction=0"]
+    assert list(find_problems(compose([*given, f"data.mixture=[{entry}]"]), 1)) == []
+    (problem,) = find_problems(compose([*given, f"data.mixture=[{entry}, {{name: b}}]"]), 1)
+    assert "needs a validation split" in problem
 
 
 def test_default_config_is_valid() -> None:
