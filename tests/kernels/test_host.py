@@ -247,6 +247,20 @@ def test_a_remembered_backward_computes_what_is_wanted(worked_out: list[tuple[bo
     assert worked_out == [(True, False, False), (True, False, False), (False, True, True), (False, True, True)]
 
 
+def test_a_backward_where_keys_of_no_tensor_are_excluded_is_remembered(worked_out: list[tuple[bool, ...]]) -> None:
+    """As torch 2.11 does in every node of autograd: it excludes the key of tensors with names."""
+    given = inputs()
+    kernels.flash_attn_func(*given)
+    key_set, key = torch._C.DispatchKeySet, torch._C.DispatchKey
+    for _ in range(2):
+        out = kernels.flash_attn_func(*given)
+        with torch._C._ExcludeDispatchKeyGuard(key_set(key.Functionalize)):
+            torch.autograd.grad(out.square().sum(), given)
+    assert len(worked_out) == 1
+    with torch._C._ExcludeDispatchKeyGuard(key_set(key.ADInplaceOrView)):
+        assert not op.is_plain(given)
+
+
 def test_a_backward_under_another_path_is_not_remembered(
     worked_out: list[tuple[bool, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
