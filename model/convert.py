@@ -56,7 +56,7 @@ def hf_architecture(config: ModelConfig) -> str:
         "model.bias": not config.bias,
         "model.activation": config.activation not in GPT2_ACTIVATIONS,
         "model.num_kv_heads": config.num_kv_heads not in (None, config.num_heads),
-        "model.head_dim": config.head_dim not in (None, config.width // config.num_heads),
+        "model.head_dim": config.head_dim is not None and config.head_dim * config.num_heads != config.width,
     }
     llama = {
         "model.norm": config.norm is not Norm.rmsnorm,

@@ -10,6 +10,7 @@ them, and no forward waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ class Block(nn.Module):
         x, normed = self.mlp_norm(x, self.dropout(self.attention(normed, context)))
         out: Tensor = x + self.dropout(self.mlp(normed))
         return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without a compiled `forward` (`GPT.compile_blocks`), which is bound to this block: in a copy it would compute
+        with this one's weights."""
+        return {name: value for name, value in vars(self).items() if name != "forward"}
 
 
 class GPT(nn.Module):

@@ -30,7 +30,10 @@ class _SigmoidGELU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * gelu_gate(wide)).to(x.dtype)
+        out = wide * gelu_gate(wide)
+        # A cast to the dtype that it has is the tensor itself; where a Function returns such a one, torch 2.11 compiles
+        # a backward whose gradient is zero
+        return out if out.dtype is x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Tensor:  # type: ignore[override]

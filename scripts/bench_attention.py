@@ -55,6 +55,7 @@ from torch import Tensor
 from scripts.bench_cells import Cell, Result, costs_of, dense_grid, ragged, result_of, windowed
 from scripts.bench_implementations import (
     IMPLEMENTATIONS,
+    Attention,
     Timer,
     compile_flex_ahead,
     first_line,
@@ -163,10 +164,22 @@ def run_once(args: argparse.Namespace, console: Console) -> int:
 # ----------------------------------------------------------------------------------------------
 
 
-def measure_memory(cell: Cell, args: argparse.Namespace) -> list[MemoryResult]:
-    """Of each implementation that has room, one forward and backward pass."""
-    fitting = [s for s in args.implementations if s != "standard" or cell.score_bytes() <= STANDARD_LIMIT_BYTES]
-    return [memory_of(spec, cell, args) for spec in fitting]
+def measure_memory(cell: Cell, args: argparse.Namespace, console: Console) -> list[MemoryResult]:
+    """Of each implementation that has room, one forward and backward pass; one that fails is said and left out."""
+    found = []
+    for spec in args.implementations:
+        if spec == "standard" and cell.score_bytes() > STANDARD_LIMIT_BYTES:
+            continue
+        try:
+            found.append(memory_of(spec, cell, args))
+        except Exception as error:  # noqa: BLE001 - one implementation's failure is a result; the others go on
+            say_failure(console, f"{spec} S={cell.seqlen}", error)
+    return found
+
+
+def say_failure(console: Console, what: str, error: Exception) -> None:
+    """One line."""
+    console.print(f"{what}: {first_line(error)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def memory_of(spec: str, cell: Cell, args: argparse.Namespace) -> MemoryResult:
@@ -192,29 +205,36 @@ def memory_of(spec: str, cell: Cell, args: argparse.Namespace) -> MemoryResult:
     return MemoryResult(spec, cell.seqlen, sum(saved.values()), peak)
 
 
-def measure_host(args: argparse.Namespace, calls: int = 500) -> list[dict[str, Any]]:
+def measure_host(args: argparse.Namespace, console: Console, calls: int = 500) -> list[dict[str, Any]]:
     """Microseconds that the host spends per call on a small problem, not waiting for the device: of each implementation
-    a forward without gradients, then a backward through autograd."""
-    cell = Cell(128, True, 128, 1, 4)
+    a forward without gradients, then a backward through autograd. One that fails is said and left out."""
     results: list[dict[str, Any]] = []
     for spec in args.implementations:
         attention, context = parse_implementation(spec)
-        with context():
-            for direction in ("forward", "backward"):
-                call = make_call(attention, cell, direction, args.device, args.dtype)
-                for _ in range(20):
-                    call()
-                per_call = []
-                for _ in range(5):
-                    if args.device == "cuda":
-                        torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    for _ in range(calls):
-                        call()
-                    per_call.append((time.perf_counter() - start) / calls * 1e6)
-                host_us = statistics.median(per_call)
-                results.append({"implementation": spec, "direction": direction, "host_us": host_us})
+        try:
+            with context():
+                for direction in ("forward", "backward"):
+                    host_us = host_time(attention, direction, args, calls)
+                    results.append({"implementation": spec, "direction": direction, "host_us": host_us})
+        except Exception as error:  # noqa: BLE001 - one implementation's failure is a result; the others go on
+            say_failure(console, spec, error)
     return results
+
+
+def host_time(attention: Attention, direction: str, args: argparse.Namespace, calls: int) -> float:
+    """Microseconds of a call, the median of five times ``calls``."""
+    call = make_call(attention, Cell(128, True, 128, 1, 4), direction, args.device, args.dtype)
+    for _ in range(20):
+        call()
+    per_call = []
+    for _ in range(5):
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        per_call.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(per_call)
 
 
 # ---- output
@@ -312,13 +332,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if not 0 < args.window < max(args.seqlens):
             parser.error(f"--window {args.window}: from 1 to below the longest of --seqlens, {max(args.seqlens)}")
         args.mask = "causal"
+    if problem := problem_of(args):
+        parser.error(problem)
     args.mask = args.mask or "both"
     args.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     if args.implementations is None:
         args.implementations = list(_default_implementations(args))
-    for spec in args.implementations:
-        parse_implementation(spec)
+    try:
+        for spec in args.implementations:
+            parse_implementation(spec)
+    except ValueError as error:
+        parser.error(f"--implementations: {error}")
     return args
+
+
+def problem_of(args: argparse.Namespace) -> str:
+    """What no cell can be made of, or no device found for; empty if all is well."""
+    counts = ("seqlens", "head_dims", "tokens", "hidden", "repeats", "rounds")
+    for name in counts:
+        given = getattr(args, name)
+        if min(given if isinstance(given, list) else [given]) < 1:
+            return f"--{name.replace('_', '-')} {given}: from 1 on"
+    if args.hidden < max(args.head_dims):
+        return f"--hidden {args.hidden} is less than one head of --head-dims {max(args.head_dims)}"
+    if not (args.memory or args.host) and args.tokens < min(args.seqlens):
+        return f"--tokens {args.tokens} is less than the shortest of --seqlens, {min(args.seqlens)}"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: PyTorch finds no GPU"
+    return ""
 
 
 def _default_implementations(args: argparse.Namespace) -> tuple[str, ...]:
@@ -375,8 +416,10 @@ def run_speed(args: argparse.Namespace, console: Console, meta: dict[str, Any]) 
 def run_memory(args: argparse.Namespace, console: Console, meta: dict[str, Any]) -> None:
     head_dim = args.head_dims[0]
     cells = [Cell(head_dim, True, s, 1, args.hidden // head_dim) for s in args.seqlens]
-    results = [r for cell in cells for r in measure_memory(cell, args)]
-    write_json(args.out.with_suffix(".json"), meta, results)
+    results: list[MemoryResult] = []
+    for cell in cells:
+        results += measure_memory(cell, args, console)
+        write_json(args.out.with_suffix(".json"), meta, results)  # a stopped run keeps what it has
     console.print(memory_table(results))
     plot_memory(
         results,
@@ -397,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.once:
         return min(1, run_once(args, console))
     if args.host:
-        host = measure_host(args)
+        host = measure_host(args, console)
         for row in host:
             line = f"{row['implementation']}: {row['host_us']:.1f} us of host time per {row['direction']} call"
             console.print(line, highlight=False, markup=False)

@@ -228,7 +228,10 @@ def parse_implementation(spec: str) -> tuple[Attention, Callable[[], contextlib.
         names = (*IMPLEMENTATIONS, *(f"{path}[field=value,...]" for path in TILES))
         raise ValueError(f"no implementation {spec!r}; there are {', '.join(names)}")
     name, fields = match[1], match[2]
-    changes = {k: json.loads(v) for k, v in (pair.split("=") for pair in (fields or "").split(",") if pair)}
+    try:
+        changes = {k: json.loads(v) for k, v in (pair.split("=") for pair in (fields or "").split(",") if pair)}
+    except ValueError as error:
+        raise ValueError(f'{spec!r}: fields are field=value,... with values as in JSON: 64, true, "tall"') from error
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:

@@ -162,7 +162,7 @@ def paper_settings(overrides: Sequence[str], names: Sequence[str] = ()) -> Itera
     """
     kept = [override for override in overrides if not override.startswith("experiment=")]
     data = [] if any(override.startswith("data=") for override in kept) else ["data=stdlib", "model.vocab_size=50257"]
-    for name in names or PAPER_TFLOPS:
+    for name in dict.fromkeys(names or PAPER_TFLOPS):
         length = compose([f"experiment={name}"]).model.sequence_length
         batch = f"train.global_batch_size={PAPER_TOKENS_PER_STEP // length}"
         yield name, [f"experiment={name}", *data, batch, *kept]

@@ -112,8 +112,8 @@ def add_all(console: Console, report: Report, overrides: list[str]) -> None:
     """The links between processes, and the rows of all trials."""
     config = report.config
     report.link = links(console, config, report.link)  # seconds; processes that can't talk fail here
-    for engine in config.scaling.engines:
-        for world_size in config.scaling.world_sizes:
+    for engine in dict.fromkeys(config.scaling.engines):
+        for world_size in dict.fromkeys(config.scaling.world_sizes):
             add(console, report, overrides, engine, world_size)
 
 
@@ -297,16 +297,19 @@ def predict(config: ScalingRunConfig, overrides: list[str], rows: Sequence[Row],
 
 
 def predicted(config: ScalingRunConfig, settings: RunConfig, row: Row, cluster: Cluster) -> Row:
-    """The row with what the forecast says of it."""
+    """The row with what the forecast says of it; as it is where its batch can't be shared among so many."""
+    ranks, micro = data_ranks(settings.engine, row.world_size), micro_batch_size(config, row.world_size)
+    if row.global_batch_size < ranks or row.global_batch_size % (ranks * micro):
+        return row
     on_gpu = torch.cuda.is_available() and config.hardware.device is not Device.cpu
     precision = resolve_precision(settings.engine.precision, torch.device("cuda" if on_gpu else "cpu"))
-    micro, element_bytes = micro_batch_size(config, row.world_size), ELEMENT_BYTES[precision]
+    element_bytes = ELEMENT_BYTES[precision]
     job = Job(
         model=settings.model,
         engine=settings.engine,
         element_bytes=element_bytes,
         micro_batch_size=micro,
-        accumulation_steps=row.global_batch_size // data_ranks(settings.engine, row.world_size) // micro,
+        accumulation_steps=row.global_batch_size // ranks // micro,
         world_size=row.world_size,
         overlapped=settings.engine.overlap_comm and on_gpu,
         copied=on_gpu and copies(settings.engine, element_bytes, row.world_size, cluster.node_size),

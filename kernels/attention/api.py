@@ -53,8 +53,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
         raise ValueError(f"q has head dim {head_dim}, k and v {k.shape[-1]}: they must be equal")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
-    if heads_k == 0 or heads % heads_k != 0:
-        raise ValueError(f"q has {heads} heads, which is no multiple of the {heads_k} of k and v")
+    if heads == 0 or heads_k == 0 or heads % heads_k != 0:
+        raise ValueError(f"q has {heads} heads, which is no positive multiple of the {heads_k} of k and v")
 
 
 def _check_packed(name: str, tensor: Tensor, rank: int, count: int) -> None:

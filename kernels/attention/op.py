@@ -75,17 +75,22 @@ class _Known:
     ready: bool
     """The kernels can address all tensors as they are."""
     memo: dict[str, Any] = field(default_factory=dict)
-    """The path's own part."""
+    """The path's own part, empty until a first call has gone through: one that fails half-way (out of memory), or that
+    another thread overtakes, leaves nothing half done."""
 
     def forward(self, packed: tuple[Tensor, ...], extras: AttnExtras) -> tuple[Tensor, Tensor]:
         """(out, lse) of the tensors of an operator."""
+        if is_elsewhere(packed[0]):
+            with torch.cuda.device(packed[0].device):
+                return self.forward(packed, extras)
         q, k, v = packed if len(packed) == 3 else unpack(packed)
         if not self.ready:
             q, k, v = (_kernel_ready(t) for t in (q, k, v))
-        if is_elsewhere(q):
-            with torch.cuda.device(q.device):
-                return self.path.forward(q, k, v, self.params, extras, self.memo)
-        return self.path.forward(q, k, v, self.params, extras, self.memo)
+        memo = self.memo or {}
+        results = self.path.forward(q, k, v, self.params, extras, memo)
+        if memo is not self.memo:
+            self.memo.update(memo)
+        return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,10 @@ class _KnownBackward:
         if dlse is not None:
             dlse = dlse.contiguous()
         dq = dq if self.need_q else None
-        known.path.backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, known.params, extras, known.memo)
+        memo = known.memo or {}
+        known.path.backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, known.params, extras, memo)
+        if memo is not known.memo:
+            known.memo.update(memo)
         return grads
 
 

@@ -18,12 +18,14 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether an operator called now on ``tensors``, the first of them present, would come to our kernels and nothing
     else: no mode, no autocast, no transform, no profiler that wants to hear of operators, no tensor that only looks
     like one, and a single device."""
-    if is_heard() or torch._C._dispatch_tls_local_exclude_set().raw_repr() != _usual_keys()[1]:
+    if is_heard():
         return False
     dispatch_keys = torch._C._dispatch_keys
     first = tensors[0]
     assert first is not None
     index, keys = first.get_device(), _plain_keys(first.is_cuda)
+    if not _excluded_as_usual(keys, torch._C._dispatch_tls_local_exclude_set().raw_repr()):
+        return False
     for tensor in tensors:
         if tensor is not None and (
             type(tensor) not in PLAIN_TYPES or tensor.get_device() != index or dispatch_keys(tensor).raw_repr() != keys
@@ -90,6 +92,17 @@ def _usual_keys() -> tuple[int, int]:
     thread.start()
     thread.join()
     return found[0]
+
+
+@functools.cache
+def _excluded_as_usual(keys: int, excluded: int) -> bool:
+    """Whether a thread that excludes the dispatch keys ``excluded`` leaves the same of a tensor's ``keys`` as one where
+    nothing was switched on or off. Others don't matter: torch 2.11 excludes `Named` within the nodes of autograd."""
+    key_set = torch._C.DispatchKeySet.from_raw_repr
+    usual = _usual_keys()
+    dispatched = key_set(keys) | key_set(usual[0])
+    left, usually = dispatched - key_set(excluded), dispatched - key_set(usual[1])
+    return bool(left == usually)
 
 
 @functools.cache

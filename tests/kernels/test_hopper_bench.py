@@ -71,6 +71,40 @@ def test_a_failing_implementation_is_reported_and_the_others_go_on(
     assert all(math.isnan(r["median_ms"]) == (r["implementation"] == "flex") for r in data["results"])
 
 
+@pytest.mark.parametrize("mode", [["--memory", "--seqlens", "32"], ["--host"]])
+def test_memory_and_host_time_go_on_without_what_fails(
+    mode: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of something")
+
+    monkeypatch.setitem(bench.IMPLEMENTATIONS, "flex", broken)
+    monkeypatch.setattr(bench.measure_host, "__defaults__", (3,))
+    data = run(tmp_path, *mode, "--implementations", "flex", "sdpa")
+    assert {r["implementation"] for r in data["results"]} == {"sdpa"}
+    assert "out of something" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seqlens", "256"], "--tokens 128 is less than the shortest of --seqlens, 256"),
+        (["--seqlens", "0", "64"], "--seqlens [0, 64]: from 1 on"),
+        (["--seqlens", "64", "--head-dims", "128"], "--hidden 64 is less than one head"),
+        (["--seqlens", "64", "--rounds", "0"], "--rounds 0: from 1 on"),
+        (["--seqlens", "64", "--implementations", "nope"], "no implementation 'nope'"),
+        (["--seqlens", "64", "--implementations", "portable[x=y]"], "field=value"),
+        (["--seqlens", "64", "--implementations", "portable[x]"], "field=value"),
+    ],
+)
+def test_arguments_that_measure_nothing_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse_arguments([*TINY, *FAST, *arguments])
+    assert message in capsys.readouterr().err
+
+
 @NEEDS_INTERPRETER
 def test_implementations_compute_the_same() -> None:
     torch.manual_seed(0)

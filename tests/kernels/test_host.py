@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels.attention import op
+from kernels.attention import op, portable
 from kernels.attention.plain import Alike, is_heard
 from tests.kernels.cases import DEVICE, leaves, random
 
@@ -247,6 +247,20 @@ def test_a_remembered_backward_computes_what_is_wanted(worked_out: list[tuple[bo
     assert worked_out == [(True, False, False), (True, False, False), (False, True, True), (False, True, True)]
 
 
+def test_a_backward_where_keys_of_no_tensor_are_excluded_is_remembered(worked_out: list[tuple[bool, ...]]) -> None:
+    """As torch 2.11 does in every node of autograd: it excludes the key of tensors with names."""
+    given = inputs()
+    kernels.flash_attn_func(*given)
+    key_set, key = torch._C.DispatchKeySet, torch._C.DispatchKey
+    for _ in range(2):
+        out = kernels.flash_attn_func(*given)
+        with torch._C._ExcludeDispatchKeyGuard(key_set(key.Functionalize)):
+            torch.autograd.grad(out.square().sum(), given)
+    assert len(worked_out) == 1
+    with torch._C._ExcludeDispatchKeyGuard(key_set(key.ADInplaceOrView)):
+        assert not op.is_plain(given)
+
+
 def test_a_backward_under_another_path_is_not_remembered(
     worked_out: list[tuple[bool, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +353,28 @@ def test_tensors_that_only_look_like_one_are_left_to_pytorch() -> None:
     torch.func.vmap(lambda x: (seen.append(op.is_plain((x,))), x)[1])(q.detach())
     torch.func.grad(lambda x: (seen.append(op.is_plain((x,))), x.sum())[1])(q.detach())
     assert seen == [False, False]
+
+
+def test_a_call_that_failed_half_way_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As out of memory does: what a path works out once is kept once all of it is there."""
+    op.forget()
+    given = inputs()
+
+    def out_of_memory(plan: Any) -> Any:
+        raise torch.OutOfMemoryError(plan.kernel.__name__)
+
+    def first_fails(call: Callable[[], Any]) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(portable, "prepare", out_of_memory)
+            for _ in range(2):
+                with pytest.raises(torch.OutOfMemoryError):
+                    call()
+        return call()
+
+    out = first_fails(lambda: kernels.flash_attn_func(*given))
+    grads = first_fails(lambda: torch.autograd.grad(out.sum(), given, retain_graph=True))
+    for got, true in zip(grads, torch.autograd.grad(out.sum(), given), strict=True):
+        assert torch.equal(got, true)
 
 
 def test_sizes_may_be_symbols(taken: list[str]) -> None:

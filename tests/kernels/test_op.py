@@ -161,6 +161,7 @@ BAD: list[tuple[str, type[Exception], str, Any]] = [
     ("head_dims", ValueError, "head dim 8, k and v 16", lambda: func(D8, D16, D16)),
     ("head_dim", ValueError, "1 to 256, got 257", lambda: func(*[x(1, 4, 2, 257)] * 3)),
     ("heads", ValueError, "3 heads.*of the 2", lambda: func(x(1, 4, 3, 8), D8, D8)),
+    ("no heads", ValueError, "0 heads", lambda: func(x(1, 4, 0, 8), D8, D8)),
     ("dropout", ValueError, r"\[0, 1\), got 1.0", lambda: func(D8, D8, D8, dropout_p=1.0)),
     ("window", ValueError, "window_size", lambda: func(D8, D8, D8, window_size=(1,))),
     ("alibi", ValueError, r"\(3,\) torch.float32", lambda: func(D8, D8, D8, alibi_slopes=x(3, dtype=F32))),

@@ -45,6 +45,16 @@ def test_rounds_no_worse(dtype: torch.dtype, factor: float) -> None:
         assert (value - truth).norm() <= factor * (other - truth).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_has_its_gradient(dtype: torch.dtype) -> None:
+    """Torch 2.11 made zeros of it in fp32, where the last cast is to the dtype that the value has."""
+    x = torch.randn(8, 16, dtype=dtype, requires_grad=True)
+    torch._dynamo.reset()
+    out = torch.compile(gelu_tanh, backend="aot_eager", fullgraph=True)(x)
+    (found,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (out, gelu_tanh(x)))
+    torch.testing.assert_close(found, expected)
+
+
 def test_compiled_code_takes_it_and_keeps_its_input_only() -> None:
     graphs: list[torch.fx.GraphModule] = []
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -218,6 +221,22 @@ def test_compiled_blocks_equal_eager_ones(options: dict[str, Any]) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # all blocks share one
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_compiled_model_has_its_own_weights(copied: Callable[[GPT], GPT]) -> None:
+    """Eager until its blocks are compiled: a compiled `forward` is bound to the block it was compiled for."""
+    config = small()
+    model = build_model(config)
+    model.compile_blocks()
+    twin = copied(model)
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.mul_(2)
+    same = build_model(config)
+    same.load_state_dict(twin.state_dict())
+    tokens, _ = batch(config)
+    assert torch.equal(twin(tokens), same(tokens))
 
 
 @pytest.mark.parametrize("norm", list(Norm))

@@ -153,6 +153,7 @@ def test_sharded_folders_and_published_gpt2_names_are_read(tmp_path: Path) -> No
         ({"position": Position.alibi}, "model.position"),
         ({"window": 4}, "model.window"),
         ({"norm": Norm.rmsnorm}, "model.norm"),
+        ({"width": 34, "head_dim": 8}, "model.head_dim"),  # 34 // 4 is 8, and yet 4 heads of 8 aren't 34
         (LLAMA | {"qk_norm": True}, "model.qk_norm"),
         (LLAMA | {"logit_softcap": 30.0}, "model.logit_softcap"),
         (LLAMA | {"activation": Activation.gelu}, "model.activation"),

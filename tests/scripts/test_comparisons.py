@@ -427,6 +427,21 @@ def test_summary_leaves_the_warm_up_out() -> None:
     assert trial.mfu_causal is None
 
 
+def test_an_engine_or_number_named_twice_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second trial of what failed had no speed to say."""
+    twice = ("scaling.engines=[zero3,zero1,zero3]", "scaling.world_sizes=[1,1]")
+    report, started = scaled(monkeypatch, tmp_path, *twice)
+    assert started == ["zero3_1", "zero1_1"]
+    assert [row["engine"] for row in report["rows"]] == ["zero3", "zero1"]
+
+
+def test_more_processes_than_sequences_have_no_prediction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their trial fails, which costs their own row: a step of no micro-batch can't be divided among them."""
+    sizes = ("train.global_batch_size=4", "scaling.world_sizes=[1,2,8]", "scaling.strong=true")
+    report, _ = scaled(monkeypatch, tmp_path, *sizes, "scaling.engines=[zero2]")
+    assert [row["predicted_efficiency"] is None for row in report["rows"]] == [False, False, True]
+
+
 def test_scaling_refuses_an_engine_that_is_not_there(tmp_path: Path) -> None:
     from configs import compose
     from configs.schema import ScalingRunConfig
