@@ -21,6 +21,7 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         (["optim.min_lr_ratio=2"], ["optim.min_lr_ratio"]),
         (["optim.schedule=constant", "optim.decay_steps=3"], ["optim.decay_steps", "constant"]),
         (["data=text"], ["data.path is not set"]),
+        (["data=mixture", "data.mixture=[]"], ["data.mixture is empty", "list what to mix"]),
         (["data.path=x"], ["data=stdlib does not read"]),
         (["data.validation_fraction=0"], ["train.eval_every", "data.validation_fraction"]),
         (["engine.zero_stage=4"], ["engine.zero_stage=4", "possible"]),
