@@ -14,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from configs import schema
 from configs.errors import INTERRUPTED_EXIT_CODE, UserError
+from configs.interruption import end_on_ctrl_c as end_on_ctrl_c
+from configs.interruption import hear_ctrl_c
 from configs.messages import config_error, leaf_keys, schema_keys, unknown_key
 
 if TYPE_CHECKING:
@@ -151,8 +153,14 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
         sys.exit(say(error))
     if not want_traceback:
         del os.environ["HYDRA_FULL_ERROR"]
+    run_tool(lambda: task(composed[0]) if composed else max(sweep_codes, default=0), want_traceback)
+
+
+def run_tool(main: Callable[[], int | None], want_traceback: bool = False) -> NoReturn:
+    """Exit with what `main` returns, with the code of a `UserError` after its message, or with 130 after Ctrl-C."""
+    hear_ctrl_c()
     try:
-        sys.exit(task(composed[0]) if composed else max(sweep_codes, default=0))
+        sys.exit(main())
     except UserError as error:
         if want_traceback:
             raise

@@ -25,9 +25,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 import torch
 
-from configs import launch
 from configs.errors import UserError
 from configs.schema import RunConfig, Toggle, WandbMode
 from training.floor import floor_json, floor_line, measure_floor
