@@ -171,9 +171,7 @@ class StepProfiler:
         if returns_within(STUCK_S, self._synchronize):
             self.profiler.stop()
         else:
-            LOG.warning(
-                f"the device has failed, or is not done in {STUCK_S:g} s: the profile is given up"
-            )
+            LOG.warning(f"the device has failed, or is not done in {STUCK_S:g} s: the profile is given up")
 
     def _finish(self) -> Report | None:
         self._cleanup.close()
