@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from configs.errors import INTERRUPTED_EXIT_CODE
@@ -23,6 +26,23 @@ def hear_ctrl_c() -> None:
     """Ctrl-C is a KeyboardInterrupt again: from here on there is something to clean up."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C ends the process after the block, with exit code 130, and not in it: a child is to end by itself first."""
+    earlier = signal.getsignal(signal.SIGINT)
+    if earlier is signal.SIG_IGN:  # the child is to ignore it as well
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))  # a child begins with the default again
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    if pressed:
+        sys.exit(INTERRUPTED_EXIT_CODE)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """Ctrl-C in the first seconds, while a program imports its libraries."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -62,3 +63,40 @@ def test_only_a_program_ends(name: str, code: int) -> None:
     assert done.stdout == ("cleaned up\n" if code else "")
     assert done.stderr == ("Interrupted.\n" if code else "")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+from configs import end_on_ctrl_c, run_sweep_job
+from configs.schema import RunConfig
+
+end_on_ctrl_c("__main__")
+for number in range(2):
+    run_sweep_job(RunConfig(run_dir=sys.argv[1]), [sys.argv[2], "seed=1,2"], [f"seed={number}"], number)
+    print("job", number, "is over", flush=True)
+"""
+JOB = """
+import sys, time
+from pathlib import Path
+print("ready", flush=True)
+try:
+    time.sleep(30)
+except KeyboardInterrupt:
+    time.sleep(1)  # subprocess.run itself gives a child 0.25 s after Ctrl-C, then kills it
+    print("saved", flush=True)
+"""
+
+
+def test_ctrl_c_in_a_sweep_lets_the_job_save_and_starts_no_other(tmp_path: Path) -> None:
+    """The terminal sends it to both processes."""
+    (tmp_path / "job.py").write_text(JOB)
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", SWEEP, str(tmp_path / "runs"), str(tmp_path / "job.py")],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert sweep.stdout is not None
+    assert sweep.stdout.readline() == "ready\n"
+    os.killpg(sweep.pid, signal.SIGINT)
+    out, err = sweep.communicate(timeout=60)
+    assert (sweep.returncode, out, err) == (130, "saved\n", "")
