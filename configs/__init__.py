@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from configs import schema
 from configs.errors import INTERRUPTED_EXIT_CODE, UserError
-from configs.interruption import end_on_ctrl_c as end_on_ctrl_c
 from configs.interruption import ctrl_c_waits, hear_ctrl_c
+from configs.interruption import end_on_ctrl_c as end_on_ctrl_c
 from configs.messages import config_error, leaf_keys, schema_keys, unknown_key
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequ
     """Run a job of the sweep `argv` in a fresh process, in a run folder of its own; returns its exit code.
 
     A process of its own, since a job leaves device memory, process groups and compiled code behind. Raises `UserError`
-    under a launcher of several processes, whose rendezvous serves one job only. Ctrl-C reaches the job too, which finishes
-    its step and saves; then the sweep ends, with SystemExit.
+    under a launcher of several processes, whose rendezvous serves one job only. Ctrl-C reaches the job too, which
+    finishes its step and saves; then the sweep ends, with SystemExit.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--multirun runs under one process; for several, call torchrun once for each setting.")
