@@ -124,6 +124,7 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    open_missing_streams()
     register()
     want_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
@@ -159,6 +160,7 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
 def run_tool(main: Callable[[], int | None], want_traceback: bool = False) -> NoReturn:
     """Exit with what `main` returns, with the code of a `UserError` after its message, or with 130 after Ctrl-C."""
     hear_ctrl_c()
+    open_missing_streams()
     try:
         sys.exit(main())
     except UserError as error:
@@ -170,6 +172,22 @@ def run_tool(main: Callable[[], int | None], want_traceback: bool = False) -> No
             raise
         print("Interrupted.", file=sys.stderr)  # noqa: T201 - there is no run's terminal here
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def open_missing_streams() -> None:
+    """Standard streams that the program was started without (`>&-`, some service managers) lead nowhere, quietly: a
+    file opened next would take such a descriptor, and get what is printed."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:  # below all others that are free, so as a rule it is
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the rest of the process
 
 
 def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequence[str], number: int) -> int:
