@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from configs import launch
+from configs import end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)  # the imports take seconds; from `launch` on, a run saves
+
 from configs.schema import RunConfig
 from training.schedule import learning_rate
 from training.session import Session, open_session

@@ -14,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from configs import schema
 from configs.errors import INTERRUPTED_EXIT_CODE, UserError
+from configs.interruption import ctrl_c_waits, hear_ctrl_c
+from configs.interruption import end_on_ctrl_c as end_on_ctrl_c
 from configs.messages import config_error, leaf_keys, schema_keys, unknown_key
 
 if TYPE_CHECKING:
@@ -122,6 +124,7 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    open_missing_streams()
     register()
     want_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options
@@ -151,8 +154,15 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
         sys.exit(say(error))
     if not want_traceback:
         del os.environ["HYDRA_FULL_ERROR"]
+    run_tool(lambda: task(composed[0]) if composed else sweep_exit_code(sweep_codes), want_traceback)
+
+
+def run_tool(main: Callable[[], int | None], want_traceback: bool = False) -> NoReturn:
+    """Exit with what `main` returns, with the code of a `UserError` after its message, or with 130 after Ctrl-C."""
+    hear_ctrl_c()
+    open_missing_streams()
     try:
-        sys.exit(task(composed[0]) if composed else sweep_exit_code(sweep_codes))
+        sys.exit(main())
     except UserError as error:
         if want_traceback:
             raise
@@ -164,11 +174,28 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
         sys.exit(INTERRUPTED_EXIT_CODE)
 
 
+def open_missing_streams() -> None:
+    """Standard streams that the program was started without (`>&-`, some service managers) lead nowhere, quietly: a
+    file opened next would take such a descriptor, and get what is printed."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:  # below all others that are free, so as a rule it is
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the rest of the process
+
+
 def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequence[str], number: int) -> int:
     """Run a job of the sweep `argv` in a fresh process, in a run folder of its own; returns its exit code.
 
     A process of its own, since a job leaves device memory, process groups and compiled code behind. Raises `UserError`
-    under a launcher of several processes, whose rendezvous serves one job only.
+    under a launcher of several processes, whose rendezvous serves one job only. Ctrl-C reaches the job too, which
+    finishes its step and saves; then the sweep ends, with SystemExit.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--multirun runs under one process; for several, call torchrun once for each setting.")
@@ -176,7 +203,8 @@ def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequ
     kept = [given for given in overrides if not given.startswith("run_dir=")]
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     command = [sys.executable, argv[0], *kept, override("run_dir", place)]
-    return subprocess.run(command, env=environment, check=False).returncode
+    with ctrl_c_waits():
+        return subprocess.run(command, env=environment, check=False).returncode
 
 
 def sweep_exit_code(codes: Sequence[int]) -> int:

@@ -57,6 +57,8 @@ class Source(StrEnum):
     text = "text"
     jsonl = "jsonl"
     parquet = "parquet"
+    mixture = "mixture"
+    """Those that `data.mixture` lists."""
 
 
 class Packing(StrEnum):
@@ -242,7 +244,8 @@ class DataConfig:
     max_documents: int | None = None
     """Read only so many documents (of each source of a mixture), empty ones included. None: all."""
     mixture: list[MixtureSource] = field(default_factory=list)
-    """Sources to mix by weight, each validated apart; they share one tokenizer. Empty: the one source named above."""
+    """Sources to mix by weight, each validated apart; they share one tokenizer. Empty: the one source named above,
+    which `data.source=mixture` (`data=mixture`) doesn't allow."""
     tokenizer: str = "train"
     """`train`: train a byte-level BPE on this corpus; else a `tokenizer.json` file or folder, or a hub name
     such as `gpt2`."""

@@ -77,6 +77,13 @@ def source_configs(config: DataConfig, tokenizer: str) -> list[DataConfig]:
     ]
 
 
+EMPTY = (
+    "data.mixture is empty, and data=mixture has no other source: list what to mix, as in "
+    "data.mixture='[{name: code, source: stdlib}, {name: own, source: text, path: FOLDER}]', or leave data=mixture out."
+)
+"""What is wrong with a mixture of nothing."""
+
+
 def check_mixture(config: DataConfig) -> None:
     """Raises DataError for names and weights that can't be."""
     if config.path is not None:
@@ -90,6 +97,8 @@ def check_mixture(config: DataConfig) -> None:
             raise DataError(f"{where}.name={entry.name} is there twice: metrics need a name for each source.")
         if not (math.isfinite(entry.weight) and entry.weight > 0):
             raise DataError(f"{where}.weight={entry.weight} must be above 0; leave the source out for none of it.")
+        if entry.source is Source.mixture:
+            raise DataError(f"{where}.source=mixture: a source can't be a mixture itself. List its sources here.")
         if entry.source is Source.stdlib and entry.path is not None:
             raise DataError(f"{where}.path={entry.path} is not read: source stdlib has none. Give another source.")
         if entry.source is not Source.hub and entry.validation_split is not None:

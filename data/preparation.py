@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
 from configs.schema import DataConfig
+from configs.schema import Source as Kind
 from data.encode import Encoded, Encoder, batches
 from data.errors import DataError
-from data.mixture import MixedDataset, source_configs
+from data.mixture import EMPTY, MixedDataset, source_configs
 from data.shards import (
     FORMAT,
     MANIFEST,
@@ -263,6 +264,8 @@ def _plan(config: DataConfig) -> _Plan:
         raise DataError(f"data.validation_fraction={config.validation_fraction} must be in [0, 1).")
     if config.shard_tokens < 2:
         raise DataError(f"data.shard_tokens={config.shard_tokens} must be at least 2.")
+    if config.source is Kind.mixture:
+        raise DataError(EMPTY)
     source, validation = open_sources(config)
     corpus = {
         "format": FORMAT,

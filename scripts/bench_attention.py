@@ -48,6 +48,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, run_tool
+
+end_on_ctrl_c(__name__)
+
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -75,6 +79,10 @@ from scripts.bench_report import (
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 DEFAULT_CUDA = ("portable", "hopper", "sdpa_cudnn", "sdpa_flash", "flex")
 DEFAULT_CPU = ("sdpa", "standard")
+NO_GPU = (
+    "kernels are timed on a GPU, and PyTorch finds no CUDA device here. PyTorch's own implementations can be timed on "
+    "the CPU: --device cpu --tokens 256 --hidden 128 --seqlens 64 128 --head-dims 32"
+)
 STANDARD_LIMIT_BYTES = 16 * 2**30
 """Standard attention is left out where its score matrices alone would take more than this."""
 
@@ -299,7 +307,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in all: the batch is this over S")
     parser.add_argument("--hidden", type=int, default=2048, help="heads times head dim")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--warmup", type=int, default=25, help="calls before measuring, per cell and implementation")
     parser.add_argument("--repeats", type=int, default=40, help="measured calls per cell and implementation")
     parser.add_argument("--rounds", type=int, default=4, help="turns over which the repeats are spread")
@@ -324,6 +332,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--window", type=int, metavar="N", help="causal attention to the last N keys beside all keys")
     mode.add_argument("--ragged", action="store_true", help="S + 1, and documents of random lengths, beside S")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(NO_GPU)
     if args.once and (args.ablation or args.memory or args.host):
         parser.error("--once calls the cells of the grid, --window or --ragged: not --ablation, --memory or --host")
     if args.window is not None:
@@ -390,6 +400,14 @@ def compile_ahead(args: argparse.Namespace, console: Console) -> None:
 def run_speed(args: argparse.Namespace, console: Console, meta: dict[str, Any]) -> None:
     timer, results = Timer(args.device), []
     cells, dense_of = plan(args)
+    count = len(cells) * len(args.directions)
+    names = ", ".join(args.implementations)
+    console.print(
+        f"{count} rows in TFLOP/s, each of {args.warmup} + {args.repeats} calls of {names}:",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     for cell in cells:
         for direction in args.directions:
             found = measure_cell(cell, direction, args, timer)
@@ -454,4 +472,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

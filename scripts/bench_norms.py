@@ -43,6 +43,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, run_tool
+
+end_on_ctrl_c(__name__)
+
 import torch
 import torch._functorch.config
 from rich.console import Console
@@ -448,4 +452,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

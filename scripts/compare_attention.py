@@ -25,12 +25,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import compose, end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 import torch
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import Attention, CompareRunConfig, Device, Recompute, RunConfig
 from training.children import Stop

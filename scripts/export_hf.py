@@ -16,9 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, run_tool
+
+end_on_ctrl_c(__name__)
+
 import torch
 
-from configs import say
 from configs.errors import UserError
 from model.convert import export_hf, hf_architecture
 from training.checkpoint import consolidated_weights
@@ -56,7 +59,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except UserError as error:
-        sys.exit(say(error))
+    run_tool(lambda: main(parse()))

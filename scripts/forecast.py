@@ -17,9 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import compose, end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 from rich.table import Table
 
-from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import EngineConfig, ForecastRunConfig, Precision
 from training.batch import data_ranks, resolve_batch

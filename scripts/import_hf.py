@@ -18,10 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import compose, end_on_ctrl_c, run_tool
+
+end_on_ctrl_c(__name__)
+
 import torch
 from torch import Tensor
 
-from configs import compose, say
 from configs.errors import UserError
 from configs.messages import plain
 from configs.schema import ModelConfig, RunConfig
@@ -110,7 +113,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except UserError as error:
-        sys.exit(say(error))
+    run_tool(lambda: main(parse()))

@@ -15,10 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 import numpy as np
 from rich.console import Console
 
-from configs import launch
 from configs.schema import RunConfig
 from data.loader import IGNORED, TokenLoader
 from data.preparation import PreparedData, load_tokenizer, prepare

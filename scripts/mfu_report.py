@@ -9,7 +9,7 @@ part of a step with its time, its rate and its share of what is lost, and the th
 win most of it back; and the step's floor, its products and its attention at the rates that they reach alone on this
 device right after the run, with the run as a share of it. Leaves `waterfall.json`, `waterfall.png` and the run's own
 files (`profiled/`) in the run folder. docs/waterfall.md says what the parts mean. With several ranks the first one is
-reported.
+reported. A signal ends it without a report, and not with the exit code on which a job script starts it again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import signal
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -24,9 +25,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 import torch
 
-from configs import launch
 from configs.errors import UserError
 from configs.schema import RunConfig, Toggle, WandbMode
 from training.floor import floor_json, floor_line, measure_floor
@@ -49,14 +53,13 @@ def main(config: RunConfig) -> int:
     with open_session(quiet(config, folder)) as session:
         with Trainer(session) as trainer:
             train_until_profiled(session, trainer)
+        if trainer.state.step < last_step(session.config) and session.interrupts.poll():
+            raise stopped_by(session.interrupts.reason)
         if not session.processes.is_main:
             return 0
         report = trainer.report
-        stopped = session.interrupts.exit_code
         device = session.processes.device
     if report is None:
-        if stopped:
-            return stopped
         raise UserError(f"Nothing was profiled; {folder / PROFILED / 'run.log'} says more.")
     for name in (REPORT, PICTURE, TRACE):
         shutil.move(folder / PROFILED / name, folder / name)
@@ -90,12 +93,31 @@ def quiet(config: RunConfig, folder: Path) -> RunConfig:
 def train_until_profiled(session: Session, trainer: Trainer) -> None:
     """The loop of train.py, up to the report."""
     config, state = session.config, trainer.state
-    last = SETTLED_STEPS + 1 + config.train.profile_steps
+    last = last_step(config)
     with closing(trainer.batches()) as batches:
         while state.step < last and not session.interrupts.poll():
             batch = next(batches)
             step = trainer.engine.train_step(batch, learning_rate(state.step, config.optim, config.train.steps))
             trainer.advance(batch, step)
+
+
+def last_step(config: RunConfig) -> int:
+    """The step after which there is a report."""
+    return SETTLED_STEPS + 1 + config.train.profile_steps
+
+
+def stopped_by(reason: str) -> UserError:
+    """What ends a report that a signal keeps from being made: 130 after Ctrl-C, 143 after SIGTERM.
+
+    SIGUSR1 is no request to be started again here, as it is of train.py: a report that begins anew each time meets the
+    same time limit. So its code, 2, is one that no job script requeues on.
+    """
+    error = UserError(
+        f"{reason} came before the profiled steps were done: there is no report, and nothing to go on from. Start "
+        "again, with more time or with fewer micro-batches a step (train.global_batch_size)."
+    )
+    error.exit_code = {"SIGINT": 128 + signal.SIGINT, "SIGTERM": 128 + signal.SIGTERM}.get(reason, error.exit_code)
+    return error
 
 
 if __name__ == "__main__":

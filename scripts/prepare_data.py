@@ -16,10 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 from rich.console import Console
 from rich.table import Table
 
-from configs import launch
 from configs.schema import Packing, RunConfig
 from data.packing import pack_dataset
 from data.preparation import PreparedData, prepare

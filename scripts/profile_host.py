@@ -24,6 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from configs import end_on_ctrl_c, run_tool
+
+end_on_ctrl_c(__name__)
+
 
 def least_us(call: Callable[[], Any], calls: int = 30, runs: int = 200) -> float:
     """Microseconds per call in the fastest of ``runs`` runs of ``calls`` calls."""
@@ -128,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -14,12 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, run_tool
+
+end_on_ctrl_c(__name__)
+
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from configs import say
-from configs.errors import UserError
 from model import build_model
 from model.generate import generate
 from training.checkpoint import load_weights
@@ -64,7 +66,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except UserError as error:
-        sys.exit(say(error))
+    run_tool(lambda: main(parse()))

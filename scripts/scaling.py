@@ -24,12 +24,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import compose, end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 import torch
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from configs import compose, launch
 from configs.errors import UserError
 from configs.schema import Device, RunConfig, ScalingRunConfig
 from training.backend import resolve_precision

@@ -13,10 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import end_on_ctrl_c, launch
+
+end_on_ctrl_c(__name__)
+
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from configs import launch
 from configs.schema import RunConfig
 from data.errors import DataError
 from data.preparation import prepare_tokenizer

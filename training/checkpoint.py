@@ -206,9 +206,11 @@ def commit(
         shards = agree(processes, lambda: write_share(taken, temporary, processes.rank, progress))
         taken.manifest.shards = shards
         agree(processes, lambda: publish(taken.manifest, temporary, target) if on_main else None)
-    except CheckpointError as error:
+    except Exception as error:
         if on_main:
             shutil.rmtree(temporary, ignore_errors=True)  # nothing more can be done; the next save removes it
+        if not isinstance(error, CheckpointError):
+            raise  # a defect here, or a rank that is gone
         raise CheckpointError(f"checkpoint {target} was not written, earlier ones are as they were: {error}") from error
     agree(processes, lambda: rotate(folder, taken.manifest.step, keep_last, keep_every) if on_main else None)
     return target

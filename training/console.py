@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO, Final, TextIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleDimensions
@@ -223,6 +223,16 @@ def open_terminal(log_path: Path, rank: int = 0) -> Iterator[Terminal]:
             raise SystemExit(report_error(error, make_console(complaints), log_path, rank)) from None
 
 
+class _Screen(io.FileIO):
+    """What a terminal's stream writes to. Its reader may go (`| head`, a closed window), its disk may be full: then the
+    text is lost, and not the run, which has its log and its metrics."""
+
+    def write(self, text: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(text) or 0
+        return memoryview(text).nbytes
+
+
 def _redirect_descriptors(log: _Log, stack: contextlib.ExitStack) -> tuple[IO[str], IO[str]]:
     """Lead descriptors 1 and 2 to the log until the stack closes; returns text streams on what they were before."""
     for stream in (sys.stdout, sys.stderr):
@@ -231,7 +241,8 @@ def _redirect_descriptors(log: _Log, stack: contextlib.ExitStack) -> tuple[IO[st
     streams: list[IO[str]] = []
     for number in (1, 2):
         before = os.dup(number)
-        streams.append(open(os.dup(before), "w", encoding=encoding, errors="replace", buffering=1))  # noqa: SIM115
+        screen = io.BufferedWriter(_Screen(os.dup(before), "w"))
+        streams.append(io.TextIOWrapper(screen, encoding=encoding, errors="replace", line_buffering=True))
         stack.callback(streams[-1].close)
         stack.callback(os.close, before)
         stack.callback(os.dup2, before, number)

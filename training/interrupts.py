@@ -36,6 +36,7 @@ class Interrupts:
         notify: shows a line to the user; called from a thread of its own, once a signal.
         last: whether the process ends after the block. Then SIGUSR1 stays ignored: all is saved, and its default action
             would make a failure of the run.
+        saves: whether the notice promises that the run saves.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Interrupts:
         any_rank: Callable[[bool], bool] | None = None,
         notify: Callable[[str], None] | None = None,
         last: bool = False,
+        saves: bool = True,
     ) -> None:
         self._any_rank = any_rank
         self._notify = notify
         self._last = last
+        self._saves = saves
         self._received: list[signal.Signals] = []
         self._first_sigint_s: float | None = None
         self._agreed = False
@@ -148,4 +151,5 @@ class Interrupts:
                 said.add(number[0])
                 name = signal.Signals(number[0]).name
                 again = " Press Ctrl-C again to stop at once." if number[0] == signal.SIGINT else ""
-                self._notify(f"{name} received: finishing what is under way, then saving and exiting.{again}")
+                then = "saving and exiting" if self._saves else "exiting; no checkpoint is written"
+                self._notify(f"{name} received: finishing what is under way, then {then}.{again}")

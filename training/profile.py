@@ -17,9 +17,11 @@ so that a run without a profile has none.
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -43,10 +45,13 @@ from training.waterfall.lanes import Lanes, draw_lanes, lanes_of
 from training.waterfall.show import draw
 from training.waterfall.trace import BACKWARD, DATA_WAIT, EXCLUDED, OPTIMIZER, WINDOW, Trace
 
+LOG = logging.getLogger(__name__)
 SETTLED_STEPS: Final = 10
 """Steps of this process before the profiler starts, where the run is long enough."""
 LEAST_SETTLED_STEPS: Final = 3
 """Fewer won't do: two compile and allocate, one is there to compare with."""
+STUCK_S: Final = 10.0
+"""A run that ends with an unfinished profile gives the device this time for the steps that it was handed, seconds."""
 REPORT, PICTURE, RANKS, TRACE = "waterfall.json", "waterfall.png", "ranks.png", "trace.json.gz"
 
 
@@ -138,7 +143,7 @@ class StepProfiler:
             self._synchronize()
 
     def close(self) -> None:
-        """Stop a profile that isn't finished; nothing is written."""
+        """Stop a profile that isn't finished; nothing is written. Returns within `STUCK_S` whatever the device does."""
         self._window.close()
         self._cleanup.close()
         self.running = False
@@ -153,12 +158,20 @@ class StepProfiler:
             activities.append(ProfilerActivity.CUDA)
         self.profiler = profile(activities=activities)
         self.profiler.start()
-        self._cleanup.callback(self.profiler.stop)
+        self._cleanup.callback(self._stop)
         self._cleanup.enter_context(annotated(self.engine, "update", OPTIMIZER))
         for function in ("gradient_squares", "clip_factor_on_device"):
             self._cleanup.enter_context(annotated(engine_module, function, OPTIMIZER))
         self._cleanup.enter_context(annotated(self.engine.deepspeed, "backward", BACKWARD))
         self.running = True
+
+    def _stop(self) -> None:
+        """Stop the profiler, which waits for the device: not for one that is stuck, as where a peer of a collective is
+        gone, or has failed. Then the profiler is left as it is, since the process is about to end."""
+        if returns_within(STUCK_S, self._synchronize):
+            self.profiler.stop()
+        else:
+            LOG.warning(f"the device has failed, or is not done in {STUCK_S:g} s: the profile is given up")
 
     def _finish(self) -> Report | None:
         self._cleanup.close()
@@ -195,6 +208,25 @@ class StepProfiler:
     def _synchronize(self) -> None:
         if self.setting.on_device:
             torch.cuda.synchronize(self.engine.device)
+
+
+def returns_within(seconds: float, wait: Callable[[], None]) -> bool:
+    """Whether `wait`, called on a thread of its own, returns in time and without an error. Else the thread stays in it,
+    or has ended with the error, which is logged: whoever asks has a first error to tell."""
+    returned = threading.Event()
+
+    def call() -> None:
+        try:
+            wait()
+        except Exception as error:
+            LOG.info("waiting for the device", exc_info=error)
+        else:
+            returned.set()
+
+    thread = threading.Thread(target=call, name="wait-for-device", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return returned.is_set()
 
 
 def setting_of(config: RunConfig, model: ModelConfig, plan: BatchPlan, engine: Engine, peak: Peak) -> Setting:

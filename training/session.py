@@ -65,8 +65,9 @@ def open_session(config: RunConfig) -> Iterator[Session]:
             config = on_restart(config, folder) if again else config
         config = processes.broadcast(config)  # by now the folder is there, and an earlier run is out of the way
         terminal = stack.enter_context(open_terminal(folder.log, processes.rank))
+        saves = config.train.save_every > 0
         any_rank = processes.any if processes.world_size > 1 else None
-        interrupts = stack.enter_context(Interrupts(any_rank, terminal.say, last=True))
+        interrupts = stack.enter_context(Interrupts(any_rank, terminal.say, last=True, saves=saves))
         stack.enter_context(requeue_if_signalled(interrupts))
         peers = stack.enter_context(Peers(processes))
         choose_arithmetic(config)

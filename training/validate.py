@@ -11,7 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Attention, DataConfig, Device, Precision, RunConfig, Schedule, Source
-from data.mixture import check_mixture
+from data.mixture import EMPTY, check_mixture
 from model import resolve_attention
 from model.checks import check
 from model.sequence import problems as sequence_problems
@@ -136,7 +136,9 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _source(data: DataConfig) -> Iterator[str]:
     """A corpus of one source."""
-    if data.source is not Source.stdlib and not data.path:
+    if data.source is Source.mixture:
+        yield EMPTY
+    elif data.source is not Source.stdlib and not data.path:
         what = "the dataset's name" if data.source is Source.hub else "a file, a folder or a glob"
         yield f"data.path is not set: data={data.source} needs {what} (data.path=...)."
     if data.source is Source.stdlib and data.path:

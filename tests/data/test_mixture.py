@@ -223,6 +223,7 @@ def test_progress_goes_one_way(config: DataConfig, tmp_path: Path, monkeypatch: 
         ({"weight": float("nan")}, r"data\.mixture\[1\]\.weight=nan"),
         ({"weight": 1e-6}, r"the weight 1e-06 of small is less than 1/4096"),
         ({"source": Source.stdlib}, r"data\.mixture\[1\]\.path=.* is not read"),
+        ({"source": Source.mixture}, r"data\.mixture\[1\]\.source=mixture: a source can't be"),
         ({"validation_split": "test"}, r"data\.mixture\[1\]\.validation_split is for source hub"),
         ({"path": None}, r"data\.path is not set"),
         ({"text_key": "no"}, r"data\.text_key=no is not in"),
@@ -239,6 +240,14 @@ def test_what_can_not_be_mixed(config: DataConfig, change: dict[str, object], me
     finally:
         for name, value in before.items():
             setattr(entry, name, value)
+
+
+def test_a_mixture_of_nothing(tmp_path: Path) -> None:
+    """Isn't the default source; an empty list without `data=mixture` is."""
+    config = compose(["data=mixture", "data.mixture=[]", f"data.cache_dir={tmp_path / 'cache'}"]).data
+    with pytest.raises(DataError, match=r"data\.mixture is empty.*list what to mix"):
+        prepare(config)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_path_beside_a_mixture(config: DataConfig) -> None:

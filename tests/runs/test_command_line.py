@@ -1,6 +1,8 @@
 """train.py as a user meets it: what it prints, leaves behind, and says about mistakes."""
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from data.tokenizer import train_tokenizer
 from scripts import sample
 from tests.data.conftest import make_texts, write_jsonl
-from tests.runs.conftest import ROOT, Runs, rows
+from tests.runs.conftest import ENVIRONMENT, ROOT, Runs, rows
 from training.saved_run import open_saved
 
 
@@ -144,6 +146,18 @@ def test_sweep_trains_each_job_in_its_own_folder_and_stays_where_the_user_is(run
     assert len(first) == len(second) == 2
     assert first[-1]["train/loss"] != second[-1]["train/loss"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+
+
+@pytest.mark.parametrize("shell", ["{} | head -1", "{} >&-", "{} >&- 2>&-", "{} >/dev/full"])
+def test_a_run_goes_on_whoever_reads(runs: Runs, tmp_path: Path, shell: str) -> None:
+    """Its reader is gone, or there never was one."""
+    command = shell.format(shlex.join(runs.command(f"run_dir={tmp_path / 'run'}")))
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=240, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(rows(tmp_path / "run")) == 8
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000008"
 
 
 def test_launchers_agree(runs: Runs, tmp_path: Path) -> None:

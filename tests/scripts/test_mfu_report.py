@@ -1,8 +1,10 @@
 """Profiles of real tiny runs, by the tool and by `train.profile_steps`: what they leave, and that the parts add up."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,34 @@ def test_tool_reports_and_leaves_files(cache: Path, tmp_path: Path) -> None:
     for words in ("Floor: a step of", "matrix products", "host: Python", "Remedy 1", "Without the profiler"):
         assert words in output, output
     assert not (tmp_path / "profiled" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 2), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=lambda value: str(value)
+)
+def test_a_signal_ends_it_with_nothing_to_start_again_for(
+    cache: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """A job script requeues on 75 and 138: the report would begin anew and meet its time limit again."""
+    settings = [*TINY, f"data.cache_dir={cache}", f"run_dir={tmp_path}", "train.steps=9999", "train.profile_steps=3000"]
+    metrics = tmp_path / "profiled" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/mfu_report.py"), *settings],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 120
+    while not metrics.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    assert f"{number.name} came before the profiled steps were done" in err
+    assert "no checkpoint is written" in out
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "waterfall.json").exists()
 
 
 def test_train_profiles_in_the_midst_of_a_run(cache: Path, tmp_path: Path) -> None:

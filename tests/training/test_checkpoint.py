@@ -307,6 +307,27 @@ def test_full_disk_keeps_the_previous_one(
     save(one, folder, 3)
 
 
+@pytest.mark.parametrize("place", ["write_share", "publish"])
+def test_a_defect_leaves_no_half_checkpoint(
+    build: Build, saved: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """One on rank 0, which goes on as it is: the folder may be as large as a checkpoint, and no save may follow."""
+    folder, _ = saved
+    one = build()
+
+    def fail(*_: object) -> None:
+        assert (folder / "step_00000003.tmp").is_dir()
+        raise TypeError("no such tensor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, place, fail)
+        with pytest.raises(TypeError, match="no such tensor"):
+            save(one, folder, 3)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+    save(one, folder, 3)
+    assert checkpoint.find_checkpoint(folder).name == "step_00000003"
+
+
 def test_write_that_fails_in_the_middle(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
     """A real limit on the size of files: a part of the shard is on the disk when the write fails."""
     folder, _ = saved

@@ -24,6 +24,7 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines 
         (["data.max_documents=0"], ["data.max_documents is 0", "at least 1"]),
         (["data=text"], ["data.path is not set"]),
         (["data.mixture=[{name: A}]"], ["data.mixture[0].name is 'A'", "lower-case"]),
+        (["data=mixture", "data.mixture=[]"], ["data.mixture is empty", "list what to mix"]),
         (["data.path=x"], ["data=stdlib does not read"]),
         (["data.validation_fraction=0"], ["train.eval_every", "data.validation_fraction"]),
         (["engine.zero_stage=4"], ["engine.zero_stage=4", "possible"]),

@@ -3,6 +3,8 @@
 import gzip
 import importlib
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from configs.messages import schema_keys
 from configs.schema import Attention, Fp8, Precision, Recompute, RunConfig, Toggle
 from model.flops import parameter_counts
 from tests.training.conftest import run_config
+from training import profile as profile_module
 from training.batch import resolve_batch
 from training.profile import StepProfiler, annotated
 from training.waterfall import Setting, TraceError, Unprofiled, account, build_report, read_trace
@@ -621,6 +624,36 @@ def test_run_too_short_for_a_profile_says_so_and_goes_on() -> None:
         profiler.begin_step()
         assert profiler.end_step() is None
     assert not profiler.running
+
+
+@pytest.mark.parametrize("device", ["stuck", "failed", "sound"])
+def test_an_unfinished_profile_ends_whatever_the_device_does(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Without its profiler's end where that would wait for the device as well."""
+    profiler, come_to_life = profiler_of(1000), threading.Event()
+    profiler.meter = SimpleNamespace(report=lambda: None, total=lambda: None)  # type: ignore[assignment]
+    engine: Any = profiler.engine
+    engine.update, engine.deepspeed = print, SimpleNamespace(backward=print)
+
+    def synchronize() -> None:
+        if device == "failed":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        if device == "stuck":
+            come_to_life.wait(60)
+
+    profiler._start()
+    stop, stopped = profiler.profiler.stop, []
+    monkeypatch.setattr(profile_module, "STUCK_S", 0.3)
+    monkeypatch.setattr(profiler, "_synchronize", synchronize)
+    monkeypatch.setattr(profiler.profiler, "stop", lambda: stopped.append((synchronize(), stop())))
+    started = time.monotonic()
+    profiler.close()
+    assert time.monotonic() - started < 10
+    assert len(stopped) == (device == "sound")
+    assert not profiler.running
+    assert engine.update is print, "annotations come off all the same"
+    come_to_life.set()
+    if device != "sound":
+        stop()
 
 
 def two_lanes(made: Made, on_device: bool) -> Lanes:
