@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.hopper import gluon_backward, gluon_backward_wide, gluon_forward, tiles
+from kernels.attention.hopper import gluon_backward, gluon_backward_wide, gluon_forward, rings, tiles
 
 HANG_S = 60.0
 WARP_THREADS = 32
@@ -416,7 +416,7 @@ def _device_range(*args: int) -> Any:
 
 def _rebind(module: Any, names: dict[str, Any]) -> dict[str, Any]:
     """The module's compiled functions as plain Python functions whose globals are ``names`` and the module's
-    constants.
+    constants and named tuples.
     """
     scope = dict(names)
     for name, item in vars(module).items():
@@ -424,6 +424,8 @@ def _rebind(module: Any, names: dict[str, Any]) -> dict[str, Any]:
             scope[name] = FunctionType(item.fn.__code__, scope, name, item.fn.__defaults__)
         elif type(item).__name__ == "constexpr":
             scope.setdefault(name, item.value)
+        elif isinstance(item, type) and issubclass(item, tuple) and item.__module__ == module.__name__:
+            scope[name] = item
     return scope
 
 
@@ -441,7 +443,7 @@ class EmulatedKernel:
     """Stands for a compiled kernel, ``kernel[grid](**arguments)``, which uses device functions of ``libraries``."""
 
     def __init__(self, module: Any, name: str, *libraries: Any) -> None:
-        self.module, self.name, self.libraries = module, name, (tiles, *libraries)
+        self.module, self.name, self.libraries = module, name, (rings, tiles, *libraries)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(
