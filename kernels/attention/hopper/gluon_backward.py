@@ -10,6 +10,33 @@ goes through shared memory, once, for dQ. A producer warp loads Q, dO and the st
 tiles to the copy engine, which adds them to global memory. The factor c is applied once: to dK here, to dQ
 when its buffer is converted (elementwise.py).
 
+Who does what. A CTA owns one key block (BN = 128 keys of one key head) and walks through the query blocks that see it,
+for each query head of the group. K and V stay in shared memory, Q and dO pass through rings:
+
+    producer   1 warp     Q + LSE, dO + delta, K, V to shared memory with the copy engine (TMA)
+    consumer   8 warps    two warpgroups of 64 keys: S, P, dP, dS, dV, dK; together dQ of the query block
+    reducer    1 warp     dQ from shared memory to its fp32 sums in global memory (TMA, store or add)
+
+    producer == K, V (once), Q + LSE (ring), dO + delta (ring) ==> consumer == dQ ==> reducer == add ==> sums
+                                                                  consumer == dK, dV, at the end ==> global memory
+
+One query block in ``query_block`` (head dim 128), time running to the right; ``query_pair`` says how PAIRS goes:
+
+    tensor cores   S   dP  | dV                    | dQ   dK                    | S of the next
+    registers              P while dP runs | dS while dV runs | dQ handed over while dK runs
+
+What guards what. rings.py explains full, empty and phases; ``step`` counts query blocks over all heads of the group.
+
+    kv_full          [0] K, [1] V have arrived: once
+    q_full/q_empty   a stage of Q and LSE. Empty: dK of this block is done
+    do_full/do_empty a stage of dO and delta. Empty: dV of this block is done
+    dq_full/dq_empty dQ lies in shared memory / the copy engine has read it
+    partition barrier  both warpgroups' halves of dS lie in shared memory, before dQ reads them
+
+With NAMED, hardware barriers take the place of q_empty, do_empty and dq_full, from Q_BARRIER, DO_BARRIER and
+DQ_BARRIER on. What has to hold, or the kernel hangs: producer, consumer and reducer make the same steps in the same
+order (``locate_keys`` and ``visit``, which all of them call), and a step takes and releases each stage once.
+
 Layout: q, dO [B, H, Sq, D], k, v, dk, dv [B, Hk, Sk, D] through descriptors with the caller's strides (see
 tiles.py for varlen); statistics fp32 [rows, padded queries] and dQ sums fp32 [rows, padded queries, D], where
 dense rows are B·H and varlen rows are H with every sequence starting on a multiple of PAD. One CTA owns a key
@@ -26,8 +53,10 @@ predecessor come after those it does not share (a window) or when the predecesso
 has begun with them (causal, full), and CTAs that start together stay one addition apart.
 """
 
-# Triton's language has no starred lists (RUF005); partitions of one kernel unpack the same tuples (RUF059).
-# ruff: noqa: RUF005, RUF059
+# Triton's language has no starred lists.
+# ruff: noqa: RUF005
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -42,7 +71,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.attention.hopper.compat import (
     partition_barrier,
     pass_turn,
-    ring_barrier_arrive,
     ring_barrier_sync,
     tma_load,
     tma_reduce_add,
@@ -50,6 +78,7 @@ from kernels.attention.hopper.compat import (
     wait_previous_kernel,
     wait_turn,
 )
+from kernels.attention.hopper.rings import await_empty, await_full, release
 from kernels.attention.hopper.tiles import (
     decode_tile,
     load_tile,
@@ -58,6 +87,160 @@ from kernels.attention.hopper.tiles import (
     store_tile,
     visible_queries,
 )
+
+TILE = gl.constexpr(64)
+"""Queries of one copy of Q, dO or the statistics, and of one count of turns."""
+SUM_COLUMNS = gl.constexpr(256)
+"""Columns of the memory that holds dQ's sums: 64 x D of them are D / 4 rows."""
+Q_BARRIER = gl.constexpr(8)
+DO_BARRIER = gl.constexpr(11)
+DQ_BARRIER = gl.constexpr(14)
+"""Named barriers: one per stage of the Q and dO rings (3 at most), and "dQ is there"."""
+HANDOVER = gl.constexpr(288)
+"""Threads at one of them: 8 consumer warps and the producer's or the reducer's."""
+
+
+class Descriptors(NamedTuple):
+    """TMA descriptors; see ``backward_kernel``."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    lse: Any
+    delta: Any
+    dq: Any
+    dk: Any
+    dv: Any
+
+
+class Buffers(NamedTuple):
+    """Shared memory."""
+
+    q: Any
+    """Ring of STAGES blocks of BM queries, in tiles of 64."""
+    k: Any
+    """[BN, D], stays; stages dK at the end."""
+    v: Any
+    """[BN, D], stays; stages dV at the end."""
+    do: Any
+    """Ring of DO_STAGES blocks, as Q's."""
+    lse: Any
+    """fp32, beside Q."""
+    delta: Any
+    """fp32, beside dO."""
+    ds: Any
+    """[BM, BN]: the consumer's warpgroups meet here for dQ."""
+    dq: Any
+    """fp32, BM x D in register order: from the consumer to the reducer."""
+
+
+class Barriers(NamedTuple):
+    """Arrays of mbarriers; the module's docstring says what they guard."""
+
+    q_full: Any
+    q_empty: Any
+    do_full: Any
+    do_empty: Any
+    kv_full: Any
+    dq_full: Any
+    dq_empty: Any
+
+
+class Problem(NamedTuple):
+    """The kernel's pointers and integers; see ``backward_kernel``."""
+
+    sched: Any
+    cu_q: Any
+    cu_k: Any
+    turns: Any
+    num_n: Any
+    num_tiles: Any
+    section: Any
+    Sq: Any
+    Sk: Any
+    padded: Any
+    num_heads_k: Any
+    group: Any
+    batch_heads_k: Any
+    wl: Any
+    wr: Any
+
+
+class Config(NamedTuple):
+    """The kernel's constants; see ``backward_kernel``, and tuning.BackwardTile for the switches."""
+
+    BM: Any
+    BN: Any
+    D: Any
+    STAGES: Any
+    DO_STAGES: Any
+    VARLEN: Any
+    LEFT: Any
+    RIGHT: Any
+    FIRST_STORES: Any
+    DETERMINISTIC: Any
+    PDL: Any
+    PAIRS: Any
+    KV_REGISTERS: Any
+    NAMED_Q: Any
+    NAMED_DO: Any
+    NAMED_DQ: Any
+    """First named barriers that release Q and dO and hand dQ over; 0: mbarriers."""
+
+
+class KeyBlock(NamedTuple):
+    """A CTA's work: one key block of one key head, and the query blocks that see it."""
+
+    nb: Any
+    """Key block: rows [nb * BN, nb * BN + BN) of the sequence."""
+    b: Any
+    """Sequence."""
+    hk: Any
+    """Key head."""
+    start_q: Any
+    Sq: Any
+    """First packed row (varlen; otherwise 0) and number of the sequence's queries."""
+    start_k: Any
+    Sk: Any
+    """Likewise for its keys."""
+    lo: Any
+    hi: Any
+    """Query blocks [lo, hi) see some of the keys."""
+
+
+class Edges(NamedTuple):
+    """What the mask of a key block depends on."""
+
+    nb: Any
+    Sq: Any
+    Sk: Any
+    begin: Any
+    end: Any
+    """Queries [begin, end) see every key of the block."""
+    wl: Any
+    wr: Any
+
+
+@gluon.jit
+def count_tiles(prob, VARLEN: gl.constexpr):
+    """Key blocks of all key heads; CTAs past them have nothing to do."""
+    num_tiles = prob.num_tiles
+    if VARLEN:
+        num_tiles = gl.load(prob.sched + 1) * prob.num_heads_k
+    return num_tiles
+
+
+@gluon.jit
+def locate_keys(t, prob, C: gl.constexpr):
+    """The KeyBlock of CTA ``t``."""
+    nb, b, hk = decode_tile(
+        t, prob.sched, prob.num_n, prob.num_heads_k, prob.batch_heads_k, prob.section, C.VARLEN, False
+    )
+    start_q, Sq = sequence(b, prob.cu_q, prob.Sq, C.VARLEN)
+    start_k, Sk = sequence(b, prob.cu_k, prob.Sk, C.VARLEN)
+    lo, hi = visible_queries(nb * C.BN, C.BN, Sq, Sk, prob.wl, prob.wr, C.BM, C.LEFT, C.RIGHT)
+    return KeyBlock(nb=nb, b=b, hk=hk, start_q=start_q, Sq=Sq, start_k=start_k, Sk=Sk, lo=lo, hi=hi)
 
 
 @gluon.jit
@@ -87,137 +270,86 @@ def first_keys(m0, Sq, Sk, wl, BN: gl.constexpr, LEFT: gl.constexpr):
         return 0
 
 
-Q_BARRIER = gl.constexpr(8)
-DO_BARRIER = gl.constexpr(11)
-DQ_BARRIER = gl.constexpr(14)
-"""Named barriers: one per stage of the Q and dO rings (3 at most), and "dQ is there"."""
-HANDOVER = gl.constexpr(288)
-"""Threads at one of them: 8 consumer warps and the producer's or the reducer's."""
+@gluon.jit
+def load_queries(desc, bufs, statistic_desc, statistic_bufs, bar, stage, h, row, column, mb, keys, C: gl.constexpr):
+    """Starts the copies of a query block of Q and LSE, or of dO and delta, in tiles of 64; ``bar`` counts the bytes.
+    (row, column): the head's place in the statistics."""
+    HALVES: gl.constexpr = C.BM // TILE
+    mbarrier.expect(bar, HALVES * (desc.block_type.nbytes + statistic_desc.block_type.nbytes))
+    for half in gl.static_range(HALVES):
+        m0 = mb * C.BM + half * TILE
+        load_tile(desc, bar, bufs.index(stage * HALVES + half), keys.b, h, m0, keys.start_q, keys.Sq, C.VARLEN)
+        tma_load(statistic_desc, [row, column + m0], bar, statistic_bufs.index(stage * HALVES + half))
 
 
 @gluon.jit
-def release(empty, stage, FIRST_BARRIER: gl.constexpr, NAMED: gl.constexpr):
-    """A consumer is done with a ring's stage. NAMED: nobody waits; an mbarrier's arrival waits for the other warps."""
-    if NAMED:
-        ring_barrier_arrive(FIRST_BARRIER + stage, HANDOVER)
-    else:
-        mbarrier.arrive(empty.index(stage), count=1)
-
-
-@gluon.jit
-def await_release(empty, step, STAGES: gl.constexpr, FIRST_BARRIER: gl.constexpr, NAMED: gl.constexpr):
-    """The producer's side of ``release``: the stage of ``step`` is free."""
-    if NAMED:
-        if step >= STAGES:
-            ring_barrier_sync(FIRST_BARRIER + step % STAGES, HANDOVER)
-    else:
-        mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
-
-
-@gluon.jit
-def backward_producer(
-    descs, bufs, bars, ptrs, sizes, window,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
-    PDL: gl.constexpr, NAMED: gl.constexpr,
-):  # fmt: skip
+def backward_producer(descs, bufs, bars, prob, C: gl.constexpr):
     """One warp: loads K and V once, then Q with LSE and dO with delta, in tiles of 64 queries, for each query block of
     each head of the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
     """
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, _, _, _ = descs
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _ = bufs
-    q_full, q_empty, do_full, do_empty, kv_full, _, _ = bars
-    sched, cu_q, cu_k, turns = ptrs
-    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
-    wl, wr = window
-    HALVES: gl.constexpr = BM // 64
     t = gl.program_id(0)
-    if VARLEN:
-        num_tiles = gl.load(sched + 1) * num_heads_k
+    num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
-        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
-        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
-        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
-        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
-        mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes)
-        load_tile(k_desc, kv_full.index(0), k_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
-        mbarrier.expect(kv_full.index(1), v_desc.block_type.nbytes)
-        load_tile(v_desc, kv_full.index(1), v_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
-        if PDL:
+        keys = locate_keys(t, prob, C)
+        n0 = keys.nb * C.BN
+        mbarrier.expect(bars.kv_full.index(0), descs.k.block_type.nbytes)
+        load_tile(descs.k, bars.kv_full.index(0), bufs.k, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+        mbarrier.expect(bars.kv_full.index(1), descs.v.block_type.nbytes)
+        load_tile(descs.v, bars.kv_full.index(1), bufs.v, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+        if C.PDL:
             wait_previous_kernel()
         step = 0
-        for g in range(group):
-            h = hk * group + g
-            row, column = scratch_coordinates(b, h, start_q, num_heads_k * group, VARLEN)
-            for i in range(lo, hi):
-                mb = visit(i, lo, hi, FIRST_STORES)
-                stage = step % STAGES
-                await_release(q_empty, step, STAGES, Q_BARRIER, NAMED)
-                bar = q_full.index(stage)
-                mbarrier.expect(bar, HALVES * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes))
-                for half in gl.static_range(HALVES):
-                    m0 = mb * BM + half * 64
-                    load_tile(q_desc, bar, q_buf.index(stage * HALVES + half), b, h, m0, start_q, Sq, VARLEN)
-                    tma_load(lse_desc, [row, column + m0], bar, lse_buf.index(stage * HALVES + half))
-                stage = step % DO_STAGES
-                await_release(do_empty, step, DO_STAGES, DO_BARRIER, NAMED)
-                bar = do_full.index(stage)
-                mbarrier.expect(bar, HALVES * (do_desc.block_type.nbytes + delta_desc.block_type.nbytes))
-                for half in gl.static_range(HALVES):
-                    m0 = mb * BM + half * 64
-                    load_tile(do_desc, bar, do_buf.index(stage * HALVES + half), b, h, m0, start_q, Sq, VARLEN)
-                    tma_load(delta_desc, [row, column + m0], bar, delta_buf.index(stage * HALVES + half))
+        for g in range(prob.group):
+            h = keys.hk * prob.group + g
+            row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
+            for i in range(keys.lo, keys.hi):
+                mb = visit(i, keys.lo, keys.hi, C.FIRST_STORES)
+                stage = step % C.STAGES
+                await_empty(bars.q_empty, step, C.STAGES, C.NAMED_Q, HANDOVER)
+                bar = bars.q_full.index(stage)
+                load_queries(descs.q, bufs.q, descs.lse, bufs.lse, bar, stage, h, row, column, mb, keys, C)
+                stage = step % C.DO_STAGES
+                await_empty(bars.do_empty, step, C.DO_STAGES, C.NAMED_DO, HANDOVER)
+                bar = bars.do_full.index(stage)
+                load_queries(descs.do, bufs.do, descs.delta, bufs.delta, bar, stage, h, row, column, mb, keys, C)
                 step += 1
 
 
 @gluon.jit
-def backward_reducer(
-    descs, bufs, bars, ptrs, sizes, window,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, NAMED: gl.constexpr,
-):  # fmt: skip
+def backward_reducer(descs, bufs, bars, prob, C: gl.constexpr):
     """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
     next.
     """
-    dq_desc = descs[6]
-    dq_buf = bufs[7]
-    dq_full = bars[5]
-    dq_empty = bars[6]
-    sched, cu_q, cu_k, turns = ptrs
-    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
-    wl, wr = window
+    SUM_ROWS: gl.constexpr = C.BM * C.D // SUM_COLUMNS  # of a tile
     t = gl.program_id(0)
-    if VARLEN:
-        num_tiles = gl.load(sched + 1) * num_heads_k
+    num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
-        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
-        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
-        _, Sk = sequence(b, cu_k, Sk0, VARLEN)
-        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
+        keys = locate_keys(t, prob, C)
         step = 0
-        for g in range(group):
-            row, column = scratch_coordinates(b, hk * group + g, start_q, num_heads_k * group, VARLEN)
-            for i in range(lo, hi):
-                mb = visit(i, lo, hi, FIRST_STORES)
-                tile = (row * padded + column + mb * BM) // BM
-                if NAMED:
-                    ring_barrier_sync(DQ_BARRIER, HANDOVER)
+        for g in range(prob.group):
+            h = keys.hk * prob.group + g
+            row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
+            for i in range(keys.lo, keys.hi):
+                mb = visit(i, keys.lo, keys.hi, C.FIRST_STORES)
+                tile = (row * prob.padded + column + mb * C.BM) // C.BM
+                if C.NAMED_DQ > 0:
+                    ring_barrier_sync(C.NAMED_DQ, HANDOVER)
                 else:
-                    mbarrier.wait(dq_full.index(0), step & 1)
-                if FIRST_STORES:
-                    rank = nb - first_keys(mb * BM, Sq, Sk, wl, BN, LEFT)
+                    mbarrier.wait(bars.dq_full.index(0), step & 1)
+                if C.FIRST_STORES:
+                    rank = keys.nb - first_keys(mb * C.BM, keys.Sq, keys.Sk, prob.wl, C.BN, C.LEFT)
                     if rank == 0:
-                        tma_store(dq_desc, [tile * (BM * D // 256), 0], dq_buf)
+                        tma_store(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
                     else:
-                        wait_turn(turns + tile * (BM // 64), rank if DETERMINISTIC else 1)
-                        tma_reduce_add(dq_desc, [tile * (BM * D // 256), 0], dq_buf)
+                        wait_turn(prob.turns + tile * (C.BM // TILE), rank if C.DETERMINISTIC else 1)
+                        tma_reduce_add(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
                 else:
-                    tma_reduce_add(dq_desc, [tile * (BM * D // 256), 0], dq_buf)
+                    tma_reduce_add(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
                 tma.store_wait(0)
-                mbarrier.arrive(dq_empty.index(0), count=1)
-                if FIRST_STORES:  # noqa: SIM102 (a constexpr: without it there is no rank)
-                    if DETERMINISTIC or rank == 0:
-                        pass_turn(turns + tile * (BM // 64))
+                mbarrier.arrive(bars.dq_empty.index(0), count=1)
+                if C.FIRST_STORES:  # noqa: SIM102 (a constexpr: without it there is no rank)
+                    if C.DETERMINISTIC or rank == 0:
+                        pass_turn(prob.turns + tile * (C.BM // TILE))
                 step += 1
 
 
@@ -283,100 +415,120 @@ def in_register_order(dq, D: gl.constexpr):
     thread's registers. The sums keep this order; elementwise.py turns it back.
     """
     bits = dq.reshape((4, 2, 8, 2, D // 16, 4, 2))
-    return bits.permute((4, 3, 0, 2, 5, 1, 6)).reshape((D // 4, 256))
+    return bits.permute((4, 3, 0, 2, 5, 1, 6)).reshape((D // 4, SUM_COLUMNS))
 
 
 @gluon.jit
-def hand_over(dq, dq_buf, dq_full, dq_empty, step, D: gl.constexpr, NAMED: gl.constexpr):
-    """Puts the dQ of ``step`` where the reducer finds it, once the tile before it has been read."""
-    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
-    dq_buf.store(in_register_order(dq, D))
+def in_register_order_of_pairs(dq, D: gl.constexpr):
+    """dQ [128, D] -> [D / 2, 256]: likewise where each warpgroup has 64 of the rows and all columns."""
+    bits = dq.reshape((2, 4, 2, 8, 2, D // 16, 4, 2))
+    return bits.permute((0, 5, 4, 1, 3, 6, 2, 7)).reshape((D // 2, SUM_COLUMNS))
+
+
+@gluon.jit
+def hand_over(dq, bufs, bars, step, C: gl.constexpr):
+    """Puts the dQ of ``step``, in register order, where the reducer finds it, once the tile before it has been read."""
+    mbarrier.wait(bars.dq_empty.index(0), (step & 1) ^ 1)
+    if C.PAIRS:
+        bufs.dq.store(in_register_order_of_pairs(dq, C.D))
+    else:
+        bufs.dq.store(in_register_order(dq, C.D))
     fence_async_shared()
-    release(dq_full, 0, DQ_BARRIER, NAMED)
+    release(bars.dq_full, 0, C.NAMED_DQ, HANDOVER)
 
 
 @gluon.jit
-def scores(step, k_left, q_buf, q_full, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+def scores(step, k_left, bufs, bars, C: gl.constexpr):
     """Sᵀ [BN, 64] of the first half of a pair, unfinished, once Q is there."""
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
-    mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
-    q = q_buf.index(2 * (step % STAGES)).reshape((64, D)).permute((1, 0))
-    return warpgroup_mma(k_left, q, gl.zeros((BN, 64), gl.float32, TL), use_acc=False, is_async=True)
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, TILE, 16])
+    await_full(bars.q_full, step, C.STAGES)
+    q = bufs.q.index(2 * (step % C.STAGES)).reshape((TILE, C.D)).permute((1, 0))
+    return warpgroup_mma(k_left, q, gl.zeros((C.BN, TILE), gl.float32, TL), use_acc=False, is_async=True)
 
 
 @gluon.jit
-def probabilities(
-    s, lse, m0, place, scale_log2, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TL: gl.constexpr
-):
+def hide_keys(s, m0, COUNT: gl.constexpr, edges, C: gl.constexpr):
+    """Sᵀ [BN, COUNT] of the queries at ``m0``, masked where the block needs it (one branch)."""
+    if (m0 < edges.begin) | (m0 + COUNT > edges.end):
+        n0 = edges.nb * C.BN
+        delta_n = m0 - n0 + edges.Sk - edges.Sq
+        TL: gl.constexpr = s.type.layout
+        s = masked_scores(s, delta_n, edges.Sk - n0, edges.wl, edges.wr, COUNT, C.BN, C.LEFT, C.RIGHT, TL)
+    return s
+
+
+@gluon.jit
+def probabilities(s, lse, m0, edges, scale_log2, C: gl.constexpr):
     """Pᵀ [BN, 64] of the queries at ``m0`` from Sᵀ and a buffer of LSE."""
-    nb, Sq, Sk, begin, end, wl, wr = place
-    if (m0 < begin) | (m0 + 64 > end):
-        s = masked_scores(s, m0 - nb * BN + Sk - Sq, Sk - nb * BN, wl, wr, 64, BN, LEFT, RIGHT, TL)
-    return gl.exp2(s * scale_log2 - gl.expand_dims(lse.reshape((64,)).load(gl.SliceLayout(0, TL)), 0))
+    TL: gl.constexpr = s.type.layout
+    s = hide_keys(s, m0, TILE, edges, C)
+    return gl.exp2(s * scale_log2 - gl.expand_dims(lse.reshape((TILE,)).load(gl.SliceLayout(0, TL)), 0))
 
 
 @gluon.jit
-def query_block(
-    step, mb, dk, dv, bufs, bars, place, scale_log2,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, NAMED: gl.constexpr,
-):  # fmt: skip
+def score_gradients(p, dp, delta, COUNT: gl.constexpr, DTYPE: gl.constexpr):
+    """dSᵀ [BN, COUNT] in 16 bits, from Pᵀ, dPᵀ and a buffer of delta."""
+    rows = delta.reshape((COUNT,)).load(gl.SliceLayout(0, p.type.layout))
+    return (p * (dp - gl.expand_dims(rows, 0))).to(DTYPE)
+
+
+@gluon.jit
+def query_block(step, mb, dk, dv, bufs, bars, edges, scale_log2, C: gl.constexpr):
     """Adds one query block to dK and dV and hands its dQ over; returns (dK, dV).
 
     S, dP | P while dP runs | dV issued | dS and its store while dV runs | dQ, dK issued | dQ handed over while dK runs.
     """
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
-    q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
-    nb, Sq, Sk, begin, end, wl, wr = place
-    DTYPE: gl.constexpr = k_buf.dtype
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BM, 16])  # Sᵀ, dPᵀ [BN, BM]
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [BN, D]
-    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])  # dQ [BM, D], split by columns
+    DTYPE: gl.constexpr = bufs.k.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C.BM, 16])  # Sᵀ, dPᵀ [BN, BM]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C.D, 16])  # dK, dV [BN, D]
+    QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C.D // 2, 16])  # dQ [BM, D], split by columns
     AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
-    COL: gl.constexpr = gl.SliceLayout(0, TL)
-    zero_t = gl.zeros((BN, BM), gl.float32, TL)
-    zero_q = gl.zeros((BM, D), gl.float32, QL)
-    k = k_buf.reshape((BN, D))
-    v = v_buf.reshape((BN, D))
-    q_stage = step % STAGES
-    do_stage = step % DO_STAGES
-    q = q_buf.index(q_stage).reshape((BM, D))
-    do = do_buf.index(do_stage).reshape((BM, D))
-    mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
+    zero_t = gl.zeros((C.BN, C.BM), gl.float32, TL)
+    zero_q = gl.zeros((C.BM, C.D), gl.float32, QL)
+    k = bufs.k.reshape((C.BN, C.D))
+    v = bufs.v.reshape((C.BN, C.D))
+    q_stage = step % C.STAGES
+    do_stage = step % C.DO_STAGES
+    q = bufs.q.index(q_stage).reshape((C.BM, C.D))
+    do = bufs.do.index(do_stage).reshape((C.BM, C.D))
+    await_full(bars.q_full, step, C.STAGES)
     s = warpgroup_mma(k, q.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
+    await_full(bars.do_full, step, C.DO_STAGES)
     dp = warpgroup_mma(v, do.permute((1, 0)), zero_t, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    if (mb * BM < begin) | (mb * BM + BM > end):
-        delta_n = mb * BM - nb * BN + Sk - Sq
-        s = masked_scores(s, delta_n, Sk - nb * BN, wl, wr, BM, BN, LEFT, RIGHT, TL)
-    lse = lse_buf.index(q_stage).reshape((BM,)).load(COL)
+    s = hide_keys(s, mb * C.BM, C.BM, edges, C)
+    lse = bufs.lse.index(q_stage).reshape((C.BM,)).load(gl.SliceLayout(0, TL))
     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
     p_left = gl.convert_layout(p.to(DTYPE), AL)
     dv_next = warpgroup_mma(p_left, do, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    delta = delta_buf.index(do_stage).reshape((BM,)).load(COL)
-    ds = (p * (dp - gl.expand_dims(delta, 0))).to(DTYPE)
-    ds_buf.permute((1, 0)).store(ds)
+    ds = score_gradients(p, dp, bufs.delta.index(do_stage), C.BM, DTYPE)
+    bufs.ds.permute((1, 0)).store(ds)
     fence_async_shared()
     partition_barrier()  # both warpgroups' halves of dS are there
-    dq = warpgroup_mma(ds_buf, k, zero_q, use_acc=False, is_async=True)
+    dq = warpgroup_mma(bufs.ds, k, zero_q, use_acc=False, is_async=True)
     dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
     dv = warpgroup_mma_wait(2, deps=(dv_next,))
-    release(do_empty, do_stage, DO_BARRIER, NAMED)
+    release(bars.do_empty, do_stage, C.NAMED_DO, HANDOVER)
     dq = warpgroup_mma_wait(1, deps=(dq,))
-    hand_over(dq, dq_buf, dq_full, dq_empty, step, D, NAMED)
+    hand_over(dq, bufs, bars, step, C)
     dk = warpgroup_mma_wait(0, deps=(dk_next,))
-    release(q_empty, q_stage, Q_BARRIER, NAMED)
+    release(bars.q_empty, q_stage, C.NAMED_Q, HANDOVER)
     return dk, dv
 
 
 @gluon.jit
-def query_pair(
-    step, last, mb, s_a, dk, dv, kv, bufs, bars, place, scale_log2,
-    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, NAMED: gl.constexpr,
-):  # fmt: skip
+def store_pair(ds_a, ds_b, bufs, C: gl.constexpr):
+    """dSᵀ of both halves, [BN, 64] twice, to shared memory as one [BN, 128]."""
+    PL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 2 * TILE, 16])
+    ds = gl.join(ds_a, ds_b).permute((0, 2, 1)).reshape((C.BN, 2 * TILE))
+    bufs.ds.permute((1, 0)).store(gl.convert_layout(ds, PL, assert_trivial=True))
+    fence_async_shared()
+    partition_barrier()  # both warpgroups' halves of dS are there
+
+
+@gluon.jit
+def query_pair(step, last, mb, s_a, dk, dv, kv, bufs, bars, edges, scale_log2, C: gl.constexpr):
     """As ``query_block`` for 128 queries, in two halves a and b that run into each other, so that the tensor cores work
     during the softmax of either and the warpgroups meet once per 128 queries. Takes S of its first half and returns
     that of the next block; S, dK and dV are finished, for a product in flight from one iteration to the next
@@ -386,145 +538,103 @@ def query_pair(
     dQ handed over. The last block issues its own S_a again as the next one's, for nobody: under a branch it would
     serialise the products.
     """
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf = bufs
-    q_full, q_empty, do_full, do_empty, _, dq_full, dq_empty = bars
     k_left, v_left = kv
-    DTYPE: gl.constexpr = k_buf.dtype
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])  # halves of Sᵀ, dPᵀ [BN, 64]
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [BN, D]; dQ [128, D]
+    DTYPE: gl.constexpr = bufs.k.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, TILE, 16])  # halves of Sᵀ, dPᵀ [BN, 64]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C.D, 16])  # dK, dV [BN, D]; dQ [128, D]
     AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
-    COL: gl.constexpr = gl.SliceLayout(0, TL)
-    zero_t = gl.zeros((BN, 64), gl.float32, TL)
-    q_stage = step % STAGES
-    do_stage = step % DO_STAGES
-    q_a = q_buf.index(2 * q_stage).reshape((64, D))
-    q_b = q_buf.index(2 * q_stage + 1).reshape((64, D))
-    do_a = do_buf.index(2 * do_stage).reshape((64, D))
-    do_b = do_buf.index(2 * do_stage + 1).reshape((64, D))
+    zero_t = gl.zeros((C.BN, TILE), gl.float32, TL)
+    q_stage = step % C.STAGES
+    do_stage = step % C.DO_STAGES
+    q_a = bufs.q.index(2 * q_stage).reshape((TILE, C.D))
+    q_b = bufs.q.index(2 * q_stage + 1).reshape((TILE, C.D))
+    do_a = bufs.do.index(2 * do_stage).reshape((TILE, C.D))
+    do_b = bufs.do.index(2 * do_stage + 1).reshape((TILE, C.D))
 
     s_b = warpgroup_mma(k_left, q_b.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
+    await_full(bars.do_full, step, C.DO_STAGES)
     dp_a = warpgroup_mma(v_left, do_a.permute((1, 0)), zero_t, use_acc=False, is_async=True)
-    p_a = probabilities(s_a, lse_buf.index(2 * q_stage), mb * 128, place, scale_log2, BN, LEFT, RIGHT, TL)
+    p_a = probabilities(s_a, bufs.lse.index(2 * q_stage), mb * C.BM, edges, scale_log2, C)
     dv = warpgroup_mma(gl.convert_layout(p_a.to(DTYPE), AL), do_a, dv, is_async=True)
     s_b, dp_a = warpgroup_mma_wait(1, deps=(s_b, dp_a))
-    delta = delta_buf.index(2 * do_stage).reshape((64,)).load(COL)
-    ds_a = (p_a * (dp_a - gl.expand_dims(delta, 0))).to(DTYPE)
+    ds_a = score_gradients(p_a, dp_a, bufs.delta.index(2 * do_stage), TILE, DTYPE)
     dk = warpgroup_mma(gl.convert_layout(ds_a, AL), q_a, dk, is_async=True)
     dp_b = warpgroup_mma(v_left, do_b.permute((1, 0)), zero_t, use_acc=False, is_async=True)
 
-    p_b = probabilities(s_b, lse_buf.index(2 * q_stage + 1), mb * 128 + 64, place, scale_log2, BN, LEFT, RIGHT, TL)
+    p_b = probabilities(s_b, bufs.lse.index(2 * q_stage + 1), mb * C.BM + TILE, edges, scale_log2, C)
     dv = warpgroup_mma(gl.convert_layout(p_b.to(DTYPE), AL), do_b, dv, is_async=True)
     dp_b = warpgroup_mma_wait(1, deps=(dp_b,))
-    delta = delta_buf.index(2 * do_stage + 1).reshape((64,)).load(COL)
-    ds_b = (p_b * (dp_b - gl.expand_dims(delta, 0))).to(DTYPE)
+    ds_b = score_gradients(p_b, dp_b, bufs.delta.index(2 * do_stage + 1), TILE, DTYPE)
     dk = warpgroup_mma(gl.convert_layout(ds_b, AL), q_b, dk, is_async=True)
-    ds = gl.join(ds_a, ds_b).permute((0, 2, 1)).reshape((BN, 128))  # [BN, 64] twice -> [BN, 128]
-    PL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
-    ds_buf.permute((1, 0)).store(gl.convert_layout(ds, PL, assert_trivial=True))
-    fence_async_shared()
-    partition_barrier()  # both warpgroups' halves of dS are there
+    store_pair(ds_a, ds_b, bufs, C)
 
-    zero_q = gl.zeros((128, D), gl.float32, KL)
-    dq = warpgroup_mma(ds_buf, k_buf.reshape((BN, D)), zero_q, use_acc=False, is_async=True)
-    s_next = scores(gl.minimum(step + 1, last), k_left, q_buf, q_full, BN, D, STAGES)
+    zero_q = gl.zeros((C.BM, C.D), gl.float32, KL)
+    dq = warpgroup_mma(bufs.ds, bufs.k.reshape((C.BN, C.D)), zero_q, use_acc=False, is_async=True)
+    s_next = scores(gl.minimum(step + 1, last), k_left, bufs, bars, C)
     dk, dv, dq = warpgroup_mma_wait(1, deps=(dk, dv, dq))
-    release(do_empty, do_stage, DO_BARRIER, NAMED)
-    release(q_empty, q_stage, Q_BARRIER, NAMED)
-    mbarrier.wait(dq_empty.index(0), (step & 1) ^ 1)
-    bits = dq.reshape((2, 4, 2, 8, 2, D // 16, 4, 2))  # as in in_register_order, but a warpgroup has all columns
-    dq_buf.store(bits.permute((0, 5, 4, 1, 3, 6, 2, 7)).reshape((D // 2, 256)))
-    fence_async_shared()
-    release(dq_full, 0, DQ_BARRIER, NAMED)
+    release(bars.do_empty, do_stage, C.NAMED_DO, HANDOVER)
+    release(bars.q_empty, q_stage, C.NAMED_Q, HANDOVER)
+    hand_over(dq, bufs, bars, step, C)
     s_next = warpgroup_mma_wait(0, deps=(s_next,))
     return s_next, dk, dv
 
 
 @gluon.jit
-def query_pairs(
-    dk, dv, lo, hi, steps, bufs, bars, place, scale_log2,
-    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr, NAMED: gl.constexpr,
-    KV_REGISTERS: gl.constexpr,
-):  # fmt: skip
+def query_pairs(dk, dv, lo, hi, steps, bufs, bars, edges, scale_log2, C: gl.constexpr):
     """dK and dV of ``steps`` > 0 blocks of 128 queries."""
-    q_buf, k_buf, v_buf, do_buf, _, _, ds_buf, dq_buf = bufs
-    q_full = bars[0]
-    k_left = k_buf.reshape((BN, D))
-    v_left = v_buf.reshape((BN, D))
-    if KV_REGISTERS:
-        LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]), 2)
+    k_left = bufs.k.reshape((C.BN, C.D))
+    v_left = bufs.v.reshape((C.BN, C.D))
+    if C.KV_REGISTERS:
+        TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, TILE, 16])
+        LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, TL, 2)
         k_left = k_left.load(LEFT_OPERAND)
         v_left = v_left.load(LEFT_OPERAND)
     kv = (k_left, v_left)
     blocks = hi - lo
-    s = warpgroup_mma_wait(0, deps=(scores(0, k_left, q_buf, q_full, BN, D, STAGES),))
+    s = warpgroup_mma_wait(0, deps=(scores(0, k_left, bufs, bars, C),))
     for step in range(steps):
-        mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
-        s, dk, dv = query_pair(
-            step, steps - 1, mb, s, dk, dv, kv, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
-            NAMED,
-        )  # fmt: skip
+        mb = visit(lo + step % blocks, lo, hi, C.FIRST_STORES)
+        s, dk, dv = query_pair(step, steps - 1, mb, s, dk, dv, kv, bufs, bars, edges, scale_log2, C)
     return dk, dv
 
 
 @gluon.jit
-def backward_consumer(
-    descs, bufs, bars, ptrs, sizes, window, scale_log2, scale,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    FIRST_STORES: gl.constexpr, NAMED: gl.constexpr, PAIRS: gl.constexpr,
-    KV_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ."""
-    dk_desc = descs[7]
-    dv_desc = descs[8]
-    k_buf = bufs[1]
-    v_buf = bufs[2]
-    kv_full = bars[4]
-    sched, cu_q, cu_k, turns = ptrs
-    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
-    wl, wr = window
-    DTYPE: gl.constexpr = dk_desc.dtype
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [BN, D]
+def backward_consumer(descs, bufs, bars, prob, scale_log2, scale, C: gl.constexpr):
+    """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ (PAIRS: half
+    its rows)."""
+    DTYPE: gl.constexpr = descs.dk.dtype
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C.D, 16])  # dK, dV [BN, D]
     t = gl.program_id(0)
-    if VARLEN:
-        num_tiles = gl.load(sched + 1) * num_heads_k
+    num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
-        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
-        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
-        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
-        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
-        begin, end = unmasked_queries(nb * BN, BN, Sq, Sk, wl, wr, LEFT, RIGHT)
-        k = k_buf.reshape((BN, D))
-        v = v_buf.reshape((BN, D))
-        dk = gl.zeros((BN, D), gl.float32, KL)
-        dv = gl.zeros((BN, D), gl.float32, KL)
-        mbarrier.wait(kv_full.index(0), 0)
-        mbarrier.wait(kv_full.index(1), 0)
-        place = (nb, Sq, Sk, begin, end, wl, wr)
+        keys = locate_keys(t, prob, C)
+        lo, hi = keys.lo, keys.hi
+        n0 = keys.nb * C.BN
+        begin, end = unmasked_queries(n0, C.BN, keys.Sq, keys.Sk, prob.wl, prob.wr, C.LEFT, C.RIGHT)
+        edges = Edges(nb=keys.nb, Sq=keys.Sq, Sk=keys.Sk, begin=begin, end=end, wl=prob.wl, wr=prob.wr)
+        k = bufs.k.reshape((C.BN, C.D))
+        v = bufs.v.reshape((C.BN, C.D))
+        dk = gl.zeros((C.BN, C.D), gl.float32, KL)
+        dv = gl.zeros((C.BN, C.D), gl.float32, KL)
+        mbarrier.wait(bars.kv_full.index(0), 0)
+        mbarrier.wait(bars.kv_full.index(1), 0)
         blocks = hi - lo
-        steps = group * blocks
-        if PAIRS:
+        steps = prob.group * blocks
+        if C.PAIRS:
             if steps > 0:
-                dk, dv = query_pairs(
-                    dk, dv, lo, hi, steps, bufs, bars, place, scale_log2, BN, D, STAGES, DO_STAGES, LEFT, RIGHT,
-                    FIRST_STORES, NAMED, KV_REGISTERS,
-                )  # fmt: skip
+                dk, dv = query_pairs(dk, dv, lo, hi, steps, bufs, bars, edges, scale_log2, C)
         else:
             for step in range(steps):
-                mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
-                dk, dv = query_block(
-                    step, mb, dk, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT, NAMED,
-                )  # fmt: skip
+                mb = visit(lo + step % blocks, lo, hi, C.FIRST_STORES)
+                dk, dv = query_block(step, mb, dk, dv, bufs, bars, edges, scale_log2, C)
         # K and V are dead, once both warpgroups' products are done: their buffers stage dK and dV.
         partition_barrier()
         v.store(dv.to(DTYPE))
         k.store((dk * scale).to(DTYPE))
         fence_async_shared()
         partition_barrier()
-        store_tile(dv_desc, v_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
-        store_tile(dk_desc, k_buf, b, hk, nb * BN, start_k, Sk, VARLEN)
+        store_tile(descs.dv, bufs.v, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+        store_tile(descs.dk, bufs.k, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
         tma.store_wait(0)
 
 
@@ -580,17 +690,25 @@ def backward_kernel(
     mbarrier.init(dq_full.index(0), count=1)
     mbarrier.init(dq_empty.index(0), count=1)
     fence_async_shared()
-    descs = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc)
-    bufs = (q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf)
-    bars = (q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty)
-    ptrs = (sched, cu_q, cu_k, turns)
-    sizes = (num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k)
-    window = (wl, wr)
+    descs = Descriptors(
+        q=q_desc, k=k_desc, v=v_desc, do=do_desc, lse=lse_desc, delta=delta_desc, dq=dq_desc, dk=dk_desc, dv=dv_desc
+    )
+    bufs = Buffers(q=q_buf, k=k_buf, v=v_buf, do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf)
+    bars = Barriers(
+        q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
+        dq_empty=dq_empty,
+    )  # fmt: skip
+    prob = Problem(
+        sched=sched, cu_q=cu_q, cu_k=cu_k, turns=turns, num_n=num_n, num_tiles=num_tiles, section=section, Sq=Sq, Sk=Sk,
+        padded=padded, num_heads_k=num_heads_k, group=group, batch_heads_k=batch_heads_k, wl=wl, wr=wr,
+    )  # fmt: skip
+    C: gl.constexpr = Config(
+        BM=BM, BN=BN, D=D, STAGES=STAGES, DO_STAGES=DO_STAGES, VARLEN=VARLEN, LEFT=LEFT, RIGHT=RIGHT,
+        FIRST_STORES=FIRST_STORES, DETERMINISTIC=DETERMINISTIC, PDL=PDL, PAIRS=PAIRS, KV_REGISTERS=KV_REGISTERS,
+        NAMED_Q=Q_BARRIER if NAMED else 0, NAMED_DO=DO_BARRIER if NAMED else 0, NAMED_DQ=DQ_BARRIER if NAMED else 0,
+    )  # fmt: skip
     gl.warp_specialize([
-        (backward_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, scale, BM, BN, D, STAGES, DO_STAGES,
-                             VARLEN, LEFT, RIGHT, FIRST_STORES, NAMED, PAIRS, KV_REGISTERS)),
-        (backward_producer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT, RIGHT,
-                             FIRST_STORES, PDL, NAMED)),
-        (backward_reducer, (descs, bufs, bars, ptrs, sizes, window, BM, BN, D, VARLEN, LEFT, RIGHT, FIRST_STORES,
-                            DETERMINISTIC, NAMED)),
+        (backward_consumer, (descs, bufs, bars, prob, scale_log2, scale, C)),
+        (backward_producer, (descs, bufs, bars, prob, C)),
+        (backward_reducer, (descs, bufs, bars, prob, C)),
     ], [1, 1], [24, 24])  # fmt: skip

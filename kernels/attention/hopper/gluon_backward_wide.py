@@ -11,9 +11,36 @@ they sum up. Each of three warpgroups has one sum and what leads to it, and hand
 Pᵀ and dSᵀ are where the tensor cores want the left operand of dV and dK, as in the narrower kernel. The warpgroups run
 one behind the other: while one computes exponentials or dS, the products of the other two keep the tensor cores busy.
 P reaches ``keys`` in 16 bits, rounded as for dV.
+
+Five partitions: ``values``, ``keys`` and ``queries`` of four warps each, the producer (gluon_backward.py's) and the
+reducer of one. What the producer copies: K and V once, Q with LSE and dO with delta through rings.
+
+    K, Q, LSE, dO    ==> values                                        dV at the end
+                           | P
+    V, dO, delta, Q  ==> keys                                          dK at the end
+                           | dS
+    K                ==> queries == dQ in pieces ==> reducer == add ==> sums
+
+Time running to the right, one line per warpgroup, i numbers query blocks:
+
+    values    S_i   P_i | dV_i  | S_i+1   P_i+1  | dV_i+1
+    keys                | dP_i (LOOKAHEAD: issued behind dK_i-1)  dS_i | dK_i
+    queries                                            dQ_i-1          | dQ_i, 64 columns at a time
+
+What guards what, beside gluon_backward.py's barriers (rings.py explains full, empty and phases):
+
+    q_empty    two arrivals: values is done with S and LSE, keys with dK
+    do_empty   two arrivals: values is done with dV, keys with dP and delta
+    p_full/p_empty    P is in shared memory / keys has read it
+    ds_full/ds_empty  dS is in shared memory / the last product of dQ has read it
+    dq_full/dq_empty  a ring of DQ_STAGES pieces; a piece is empty once the copy engine has read it
+
+What has to hold: each of the five partitions makes the same steps in the same order; pieces of dQ are numbered through.
 """
 
-# ruff: noqa: RUF005, RUF059 - as in gluon_backward.py
+# ruff: noqa: RUF005 - as in gluon_backward.py
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,255 +61,259 @@ from kernels.attention.hopper.compat import (
     wait_turn,
 )
 from kernels.attention.hopper.gluon_backward import (
+    SUM_COLUMNS,
+    Barriers,
+    Buffers,
+    Descriptors,
+    Edges,
+    Problem,
     backward_producer,
+    count_tiles,
     first_keys,
-    masked_scores,
+    hide_keys,
+    locate_keys,
     scratch_coordinates,
     unmasked_queries,
     visit,
 )
-from kernels.attention.hopper.tiles import decode_tile, sequence, store_tile, visible_queries
+from kernels.attention.hopper.rings import await_full
+from kernels.attention.hopper.tiles import store_tile
+
+PART = gl.constexpr(64)
+"""Columns of dQ that ``queries`` multiplies at a time, which leaves registers to the other two."""
+
+
+class WideBuffers(NamedTuple):
+    """As gluon_backward.Buffers, with P's."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    lse: Any
+    delta: Any
+    ds: Any
+    """[BM, BN]: from ``keys`` to ``queries``."""
+    dq: Any
+    """fp32: DQ_STAGES pieces of DQ_COLUMNS columns, in register order, from ``queries`` to the reducer."""
+    p: Any
+    """[BN, BM]: from ``values`` to ``keys``."""
+
+
+class WideBarriers(NamedTuple):
+    """Arrays of mbarriers; the module's docstring says what they guard."""
+
+    q_full: Any
+    q_empty: Any
+    do_full: Any
+    do_empty: Any
+    kv_full: Any
+    dq_full: Any
+    dq_empty: Any
+    p_full: Any
+    p_empty: Any
+    ds_full: Any
+    ds_empty: Any
+
+
+class WideConfig(NamedTuple):
+    """The kernel's constants; see ``backward_wide_kernel``, and tuning.WideBackwardTile for the switches."""
+
+    BM: Any
+    BN: Any
+    D: Any
+    STAGES: Any
+    DO_STAGES: Any
+    DQ_COLUMNS: Any
+    DQ_STAGES: Any
+    VARLEN: Any
+    LEFT: Any
+    RIGHT: Any
+    LOOKAHEAD: Any
+    FIRST_STORES: Any
+    DETERMINISTIC: Any
+    PDL: Any
+    NAMED_Q: Any
+    NAMED_DO: Any
+    """0: mbarriers release Q and dO."""
 
 
 @gluon.jit
-def wide_reducer(
-    descs, bufs, bars, ptrs, sizes, window,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DQ_COLUMNS: gl.constexpr, DQ_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
-):  # fmt: skip
+def wide_reducer(descs, bufs, bars, prob, C: gl.constexpr):
     """One warp: adds dQ to the fp32 sums with the copy engine, in pieces of DQ_COLUMNS columns, DQ_STAGES of them in
     flight. A query block's turn is taken before its first piece and passed on after its last."""
-    dq_desc = descs[6]
-    dq_buf = bufs[7]
-    dq_full = bars[5]
-    dq_empty = bars[6]
-    PIECES: gl.constexpr = D // DQ_COLUMNS
-    ROWS: gl.constexpr = DQ_COLUMNS // 4  # of a piece in the sums
-    sched, cu_q, cu_k, turns = ptrs
-    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
-    wl, wr = window
+    PIECES: gl.constexpr = C.D // C.DQ_COLUMNS
+    PIECE_ROWS: gl.constexpr = C.DQ_COLUMNS // 4  # in the sums
     t = gl.program_id(0)
-    if VARLEN:
-        num_tiles = gl.load(sched + 1) * num_heads_k
+    num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
-        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
-        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
-        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
-        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
+        keys = locate_keys(t, prob, C)
         number = 0
-        for g in range(group):
-            row, column = scratch_coordinates(b, hk * group + g, start_q, num_heads_k * group, VARLEN)
-            for i in range(lo, hi):
-                mb = visit(i, lo, hi, FIRST_STORES)
-                tile = (row * padded + column + mb * BM) // BM
+        for g in range(prob.group):
+            h = keys.hk * prob.group + g
+            row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
+            for i in range(keys.lo, keys.hi):
+                mb = visit(i, keys.lo, keys.hi, C.FIRST_STORES)
+                tile = (row * prob.padded + column + mb * C.BM) // C.BM
                 rank = 1
-                if FIRST_STORES:
-                    rank = nb - first_keys(mb * BM, Sq, Sk, wl, BN, LEFT)
+                if C.FIRST_STORES:
+                    rank = keys.nb - first_keys(mb * C.BM, keys.Sq, keys.Sk, prob.wl, C.BN, C.LEFT)
                     if rank > 0:
-                        wait_turn(turns + tile, rank if DETERMINISTIC else 1)
+                        wait_turn(prob.turns + tile, rank if C.DETERMINISTIC else 1)
                 for piece in range(PIECES):
-                    slot = number % DQ_STAGES
-                    mbarrier.wait(dq_full.index(slot), (number // DQ_STAGES) & 1)
-                    place = tile * (D // 4) + piece * ROWS
-                    if FIRST_STORES and rank == 0:
-                        tma_store(dq_desc, [place, 0], dq_buf.index(slot))
+                    slot = number % C.DQ_STAGES
+                    await_full(bars.dq_full, number, C.DQ_STAGES)
+                    place = tile * (C.D // 4) + piece * PIECE_ROWS
+                    if C.FIRST_STORES and rank == 0:
+                        tma_store(descs.dq, [place, 0], bufs.dq.index(slot))
                     else:
-                        tma_reduce_add(dq_desc, [place, 0], dq_buf.index(slot))
-                    tma.store_wait(DQ_STAGES - 1)
+                        tma_reduce_add(descs.dq, [place, 0], bufs.dq.index(slot))
+                    tma.store_wait(C.DQ_STAGES - 1)
                     number += 1
-                    if number >= DQ_STAGES:  # the oldest of DQ_STAGES pieces has been read
-                        mbarrier.arrive(dq_empty.index(number % DQ_STAGES), count=1)
-                if FIRST_STORES:  # noqa: SIM102 (a constexpr: without it nobody waits)
-                    if DETERMINISTIC or rank == 0:
-                        pass_turn(turns + tile)
+                    if number >= C.DQ_STAGES:  # the oldest of DQ_STAGES pieces has been read
+                        mbarrier.arrive(bars.dq_empty.index(number % C.DQ_STAGES), count=1)
+                if C.FIRST_STORES:  # noqa: SIM102 (a constexpr: without it nobody waits)
+                    if C.DETERMINISTIC or rank == 0:
+                        pass_turn(prob.turns + tile)
         tma.store_wait(0)
 
 
 @gluon.jit
-def scores(left_buf, right, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr):
+def scores(left_buf, right, C: gl.constexpr):
     """Start Sᵀ = K Qᵀ, or dPᵀ = V dOᵀ, [BN, BM]; ``right`` is Q or dO."""
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
     # Otherwise 16 descriptors of K or V stay in registers through the loop: spills, and every product serialised.
-    left = left_buf.index(opaque_zero()).reshape((BN, D))
-    zero = gl.zeros((BN, BM), gl.float32, TL)
+    left = left_buf.index(opaque_zero()).reshape((C.BN, C.D))
+    zero = gl.zeros((C.BN, C.BM), gl.float32, TL)
     return warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def values_step(
-    step, mb, dv, bufs, bars, place, scale_log2,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr,
-):  # fmt: skip
+def values_step(step, mb, dv, bufs, bars, edges, scale_log2, C: gl.constexpr):
     """P of a query block, handed to ``keys`` and added to dV, which it returns."""
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, _, _, p_buf = bufs
-    q_full, q_empty, do_full, do_empty, _, _, _, p_full, p_empty, _, _ = bars
-    nb, Sq, Sk, begin, end, wl, wr = place
-    DTYPE: gl.constexpr = k_buf.dtype
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])  # Sᵀ [BN, BM]
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])  # dV [BN, D]
+    DTYPE: gl.constexpr = bufs.k.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])  # Sᵀ [BN, BM]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dV [BN, D]
     AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
-    COL: gl.constexpr = gl.SliceLayout(0, TL)
-    q_stage = step % STAGES
-    do_stage = step % DO_STAGES
-    mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
-    s_next = scores(k_buf, q_buf.index(q_stage).reshape((BM, D)), BM, BN, D)
+    q_stage = step % C.STAGES
+    do_stage = step % C.DO_STAGES
+    await_full(bars.q_full, step, C.STAGES)
+    s_next = scores(bufs.k, bufs.q.index(q_stage).reshape((C.BM, C.D)), C)
     s = warpgroup_mma_wait(0, deps=(s_next,))
-    if (mb * BM < begin) | (mb * BM + BM > end):
-        delta_n = mb * BM - nb * BN + Sk - Sq
-        s = masked_scores(s, delta_n, Sk - nb * BN, wl, wr, BM, BN, LEFT, RIGHT, TL)
-    lse = lse_buf.index(q_stage).reshape((BM,)).load(COL)
+    s = hide_keys(s, mb * C.BM, C.BM, edges, C)
+    lse = bufs.lse.index(q_stage).reshape((C.BM,)).load(gl.SliceLayout(0, TL))
     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0)).to(DTYPE)
-    mbarrier.arrive(q_empty.index(q_stage), count=1)
-    mbarrier.wait(p_empty.index(0), (step & 1) ^ 1)
-    p_buf.store(p)
-    mbarrier.arrive(p_full.index(0), count=1)
-    mbarrier.wait(do_full.index(do_stage), (step // DO_STAGES) & 1)
-    do = do_buf.index(do_stage).reshape((BM, D))
+    mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
+    mbarrier.wait(bars.p_empty.index(0), (step & 1) ^ 1)
+    bufs.p.store(p)
+    mbarrier.arrive(bars.p_full.index(0), count=1)
+    await_full(bars.do_full, step, C.DO_STAGES)
+    do = bufs.do.index(do_stage).reshape((C.BM, C.D))
     dv_next = warpgroup_mma(gl.convert_layout(p, AL), do, dv, is_async=True)
     dv = warpgroup_mma_wait(0, deps=(dv_next,))
-    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    mbarrier.arrive(bars.do_empty.index(do_stage), count=1)
     return dv
 
 
 @gluon.jit
-def next_dp(step, bufs, bars, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DO_STAGES: gl.constexpr):
+def next_dp(step, bufs, bars, C: gl.constexpr):
     """Start dPᵀ of query block number ``step``."""
-    v_buf = bufs[2]
-    do_buf = bufs[3]
-    do_full = bars[2]
-    stage = step % DO_STAGES
-    mbarrier.wait(do_full.index(stage), (step // DO_STAGES) & 1)
-    return scores(v_buf, do_buf.index(stage).reshape((BM, D)), BM, BN, D)
+    stage = step % C.DO_STAGES
+    await_full(bars.do_full, step, C.DO_STAGES)
+    return scores(bufs.v, bufs.do.index(stage).reshape((C.BM, C.D)), C)
 
 
 @gluon.jit
-def keys_step(
-    step, dp, dk, bufs, bars,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
-):  # fmt: skip
+def keys_step(step, dp, dk, bufs, bars, AHEAD: gl.constexpr, C: gl.constexpr):
     """dS of a query block from its finished dPᵀ, handed to ``queries`` and added to dK; returns (dPᵀ, dK). AHEAD: of
     the next block, issued behind dK."""
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, _, p_buf = bufs
-    q_full, q_empty, do_full, do_empty, _, _, _, p_full, p_empty, ds_full, ds_empty = bars
-    DTYPE: gl.constexpr = k_buf.dtype
-    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])  # dPᵀ [BN, BM]
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])  # dK [BN, D]
+    DTYPE: gl.constexpr = bufs.k.dtype
+    TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])  # dPᵀ [BN, BM]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dK [BN, D]
     AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
-    COL: gl.constexpr = gl.SliceLayout(0, TL)
-    q_stage = step % STAGES
-    do_stage = step % DO_STAGES
-    delta = delta_buf.index(do_stage).reshape((BM,)).load(COL)
+    q_stage = step % C.STAGES
+    do_stage = step % C.DO_STAGES
+    delta = bufs.delta.index(do_stage).reshape((C.BM,)).load(gl.SliceLayout(0, TL))
     dp = dp - gl.expand_dims(delta, 0)
-    mbarrier.arrive(do_empty.index(do_stage), count=1)
-    mbarrier.wait(p_full.index(0), step & 1)
-    p = p_buf.load(TL)
-    mbarrier.arrive(p_empty.index(0), count=1)
+    mbarrier.arrive(bars.do_empty.index(do_stage), count=1)
+    mbarrier.wait(bars.p_full.index(0), step & 1)
+    p = bufs.p.load(TL)
+    mbarrier.arrive(bars.p_empty.index(0), count=1)
     ds = (p.to(gl.float32) * dp).to(DTYPE)
-    mbarrier.wait(ds_empty.index(0), (step & 1) ^ 1)
-    ds_buf.permute((1, 0)).store(ds)
+    mbarrier.wait(bars.ds_empty.index(0), (step & 1) ^ 1)
+    bufs.ds.permute((1, 0)).store(ds)
     fence_async_shared()
-    mbarrier.arrive(ds_full.index(0), count=1)
-    mbarrier.wait(q_full.index(q_stage), (step // STAGES) & 1)
-    q = q_buf.index(q_stage).reshape((BM, D))
+    mbarrier.arrive(bars.ds_full.index(0), count=1)
+    await_full(bars.q_full, step, C.STAGES)
+    q = bufs.q.index(q_stage).reshape((C.BM, C.D))
     dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
     if AHEAD:
-        dp_next = next_dp(step + 1, bufs, bars, BM, BN, D, DO_STAGES)
+        dp_next = next_dp(step + 1, bufs, bars, C)
         dk = warpgroup_mma_wait(1, deps=(dk_next,))
-        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     else:
         dk = warpgroup_mma_wait(0, deps=(dk_next,))
-        mbarrier.arrive(q_empty.index(q_stage), count=1)
+        mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
     return dp, dk
 
 
 @gluon.jit
-def values_consumer(
-    descs, bufs, bars, ptrs, sizes, window, scale_log2,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, FIRST_STORES: gl.constexpr,
-):  # fmt: skip
+def values_consumer(descs, bufs, bars, prob, scale_log2, C: gl.constexpr):
     """Warpgroup ``values``: S, P and dV."""
-    dv_desc = descs[8]
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf, p_buf = bufs
-    q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty, p_full, p_empty, ds_full, ds_empty = bars
-    sched, cu_q, cu_k, turns = ptrs
-    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
-    wl, wr = window
-    DTYPE: gl.constexpr = dv_desc.dtype
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])  # dV [BN, D]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dV [BN, D]
     t = gl.program_id(0)
-    if VARLEN:
-        num_tiles = gl.load(sched + 1) * num_heads_k
+    num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
-        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
-        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
-        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
-        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
-        begin, end = unmasked_queries(nb * BN, BN, Sq, Sk, wl, wr, LEFT, RIGHT)
-        place = (nb, Sq, Sk, begin, end, wl, wr)
-        dv = gl.zeros((BN, D), gl.float32, KL)
+        keys = locate_keys(t, prob, C)
+        lo, hi = keys.lo, keys.hi
+        n0 = keys.nb * C.BN
+        begin, end = unmasked_queries(n0, C.BN, keys.Sq, keys.Sk, prob.wl, prob.wr, C.LEFT, C.RIGHT)
+        edges = Edges(nb=keys.nb, Sq=keys.Sq, Sk=keys.Sk, begin=begin, end=end, wl=prob.wl, wr=prob.wr)
+        dv = gl.zeros((C.BN, C.D), gl.float32, KL)
         blocks = hi - lo
-        steps = group * blocks
-        mbarrier.wait(kv_full.index(0), 0)
+        steps = prob.group * blocks
+        mbarrier.wait(bars.kv_full.index(0), 0)
         for step in range(steps):
-            mb = visit(lo + step % blocks, lo, hi, FIRST_STORES)
-            dv = values_step(step, mb, dv, bufs, bars, place, scale_log2, BM, BN, D, STAGES, DO_STAGES, LEFT, RIGHT)
+            mb = visit(lo + step % blocks, lo, hi, C.FIRST_STORES)
+            dv = values_step(step, mb, dv, bufs, bars, edges, scale_log2, C)
         # Once ``keys`` has read the last P, its products are through with dO, whose buffer stages dV.
-        mbarrier.wait(p_empty.index(0), (gl.maximum(steps, 0) & 1) ^ 1)
-        do_buf.index(0).reshape((BN, D)).store(dv.to(DTYPE))
+        mbarrier.wait(bars.p_empty.index(0), (gl.maximum(steps, 0) & 1) ^ 1)
+        bufs.do.index(0).reshape((C.BN, C.D)).store(dv.to(descs.dv.dtype))
         fence_async_shared()
         partition_barrier()
-        store_tile(dv_desc, do_buf.index(0), b, hk, nb * BN, start_k, Sk, VARLEN)
+        store_tile(descs.dv, bufs.do.index(0), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
         tma.store_wait(0)
 
 
 @gluon.jit
-def keys_consumer(
-    descs, bufs, bars, ptrs, sizes, window, scale,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
-):  # fmt: skip
+def keys_consumer(descs, bufs, bars, prob, scale, C: gl.constexpr):
     """Warpgroup ``keys``: dP, dS and dK."""
-    dk_desc = descs[7]
-    q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf, p_buf = bufs
-    q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty, p_full, p_empty, ds_full, ds_empty = bars
-    sched, cu_q, cu_k, turns = ptrs
-    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
-    wl, wr = window
-    DTYPE: gl.constexpr = dk_desc.dtype
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])  # dK [BN, D]
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dK [BN, D]
     t = gl.program_id(0)
-    if VARLEN:
-        num_tiles = gl.load(sched + 1) * num_heads_k
+    num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
-        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
-        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
-        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
-        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
-        dk = gl.zeros((BN, D), gl.float32, KL)
-        mbarrier.wait(kv_full.index(1), 0)
-        steps = group * (hi - lo)
-        if LOOKAHEAD:
+        keys = locate_keys(t, prob, C)
+        dk = gl.zeros((C.BN, C.D), gl.float32, KL)
+        mbarrier.wait(bars.kv_full.index(1), 0)
+        steps = prob.group * (keys.hi - keys.lo)
+        if C.LOOKAHEAD:
             if steps > 0:
-                dp_next = next_dp(0, bufs, bars, BM, BN, D, DO_STAGES)
+                dp_next = next_dp(0, bufs, bars, C)
                 dp = warpgroup_mma_wait(0, deps=(dp_next,))
                 for step in range(steps - 1):
-                    dp, dk = keys_step(step, dp, dk, bufs, bars, BM, BN, D, STAGES, DO_STAGES, True)
-                dp, dk = keys_step(steps - 1, dp, dk, bufs, bars, BM, BN, D, STAGES, DO_STAGES, False)
+                    dp, dk = keys_step(step, dp, dk, bufs, bars, True, C)
+                dp, dk = keys_step(steps - 1, dp, dk, bufs, bars, False, C)
         else:
             for step in range(steps):
-                dp_next = next_dp(step, bufs, bars, BM, BN, D, DO_STAGES)
+                dp_next = next_dp(step, bufs, bars, C)
                 dp = warpgroup_mma_wait(0, deps=(dp_next,))
-                dp, dk = keys_step(step, dp, dk, bufs, bars, BM, BN, D, STAGES, DO_STAGES, False)
+                dp, dk = keys_step(step, dp, dk, bufs, bars, False, C)
         # V is dead: its buffer stages dK.
-        v_buf.index(0).reshape((BN, D)).store((dk * scale).to(DTYPE))
+        bufs.v.index(0).reshape((C.BN, C.D)).store((dk * scale).to(descs.dk.dtype))
         fence_async_shared()
         partition_barrier()
-        store_tile(dk_desc, v_buf.index(0), b, hk, nb * BN, start_k, Sk, VARLEN)
+        store_tile(descs.dk, bufs.v.index(0), keys.b, keys.hk, keys.nb * C.BN, keys.start_k, keys.Sk, C.VARLEN)
         tma.store_wait(0)
 
 
@@ -294,64 +325,48 @@ def in_register_order(dq, COLUMNS: gl.constexpr):
     sums keep this order, k outermost; elementwise.py turns it back.
     """
     bits = dq.reshape((4, 2, 8, COLUMNS // 8, 4, 2))
-    return bits.permute((3, 0, 2, 4, 1, 5)).reshape((COLUMNS // 4, 256))
+    return bits.permute((3, 0, 2, 4, 1, 5)).reshape((COLUMNS // 4, SUM_COLUMNS))
 
 
 @gluon.jit
-def hand_over(piece, number, dq_buf, dq_full, dq_empty, DQ_STAGES: gl.constexpr):
+def hand_over(piece, number, bufs, bars, STAGES: gl.constexpr):
     """Give piece ``number`` of this CTA's dQ to the reducer."""
-    slot = number % DQ_STAGES
-    mbarrier.wait(dq_empty.index(slot), ((number // DQ_STAGES) & 1) ^ 1)
-    dq_buf.index(slot).store(piece)
+    slot = number % STAGES
+    mbarrier.wait(bars.dq_empty.index(slot), ((number // STAGES) & 1) ^ 1)
+    bufs.dq.index(slot).store(piece)
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(slot), count=1)
+    mbarrier.arrive(bars.dq_full.index(slot), count=1)
 
 
 @gluon.jit
-def queries_consumer(
-    bufs, bars, ptrs, sizes, window,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DQ_COLUMNS: gl.constexpr, DQ_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-):  # fmt: skip
-    """Warpgroup ``queries``: dQ, PART columns at a time, which leaves registers to the other two."""
-    k_buf = bufs[1]
-    ds_buf = bufs[6]
-    dq_buf = bufs[7]
-    q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty, p_full, p_empty, ds_full, ds_empty = bars
-    sched, cu_q, cu_k, turns = ptrs
-    num_n, num_tiles, section, Sq0, Sk0, padded, num_heads_k, group, batch_heads_k = sizes
-    wl, wr = window
-    PART: gl.constexpr = 64
+def queries_consumer(bufs, bars, prob, C: gl.constexpr):
+    """Warpgroup ``queries``: dQ, PART columns at a time."""
     QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])  # dQ [BM, PART]
     t = gl.program_id(0)
-    if VARLEN:
-        num_tiles = gl.load(sched + 1) * num_heads_k
+    num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
-        nb, b, hk = decode_tile(t, sched, num_n, num_heads_k, batch_heads_k, section, VARLEN, False)
-        start_q, Sq = sequence(b, cu_q, Sq0, VARLEN)
-        start_k, Sk = sequence(b, cu_k, Sk0, VARLEN)
-        lo, hi = visible_queries(nb * BN, BN, Sq, Sk, wl, wr, BM, LEFT, RIGHT)
-        zero = gl.zeros((BM, PART), gl.float32, QL)
+        keys = locate_keys(t, prob, C)
+        zero = gl.zeros((C.BM, PART), gl.float32, QL)
         number = 0
-        mbarrier.wait(kv_full.index(0), 0)
-        for step in range(group * (hi - lo)):
-            mbarrier.wait(ds_full.index(0), step & 1)
-            for part in gl.static_range(D // PART):
-                k = k_buf.index(opaque_zero()).reshape((BN, D))
+        mbarrier.wait(bars.kv_full.index(0), 0)
+        for step in range(prob.group * (keys.hi - keys.lo)):
+            mbarrier.wait(bars.ds_full.index(0), step & 1)
+            for part in gl.static_range(C.D // PART):
+                k = bufs.k.index(opaque_zero()).reshape((C.BN, C.D))
                 k_part = k.slice(part * PART, PART, dim=1)
-                dq_next = warpgroup_mma(ds_buf, k_part, zero, use_acc=False, is_async=True)
+                dq_next = warpgroup_mma(bufs.ds, k_part, zero, use_acc=False, is_async=True)
                 dq = warpgroup_mma_wait(0, deps=(dq_next,))
-                if part == D // PART - 1:
-                    mbarrier.arrive(ds_empty.index(0), count=1)
+                if part == C.D // PART - 1:
+                    mbarrier.arrive(bars.ds_empty.index(0), count=1)
                 dq = in_register_order(dq, PART)
-                if DQ_COLUMNS == PART:
-                    hand_over(dq, number, dq_buf, dq_full, dq_empty, DQ_STAGES)
+                if C.DQ_COLUMNS == PART:
+                    hand_over(dq, number, bufs, bars, C.DQ_STAGES)
                     number += 1
                 else:
-                    gl.static_assert(DQ_COLUMNS == PART // 2)
-                    left, right = gl.split(dq.reshape((2, PART // 8, 256)).permute((1, 2, 0)))
-                    hand_over(left, number, dq_buf, dq_full, dq_empty, DQ_STAGES)
-                    hand_over(right, number + 1, dq_buf, dq_full, dq_empty, DQ_STAGES)
+                    gl.static_assert(C.DQ_COLUMNS == PART // 2)
+                    left, right = gl.split(dq.reshape((2, PART // 8, SUM_COLUMNS)).permute((1, 2, 0)))
+                    hand_over(left, number, bufs, bars, C.DQ_STAGES)
+                    hand_over(right, number + 1, bufs, bars, C.DQ_STAGES)
                     number += 2
 
 
@@ -390,7 +405,7 @@ def backward_wide_kernel(
     delta_buf = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, BM], delta_desc.layout)
     p_buf = gl.allocate_shared_memory(DTYPE, [BN, BM], PAIR)
     ds_buf = gl.allocate_shared_memory(DTYPE, [BM, BN], PAIR)
-    dq_buf = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, DQ_COLUMNS // 4, 256], dq_desc.layout)
+    dq_buf = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, DQ_COLUMNS // 4, SUM_COLUMNS], dq_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BAR)
@@ -418,24 +433,38 @@ def backward_wide_kernel(
     mbarrier.init(ds_full.index(0), count=1)
     mbarrier.init(ds_empty.index(0), count=1)
     fence_async_shared()
-    descs = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc)
-    loads = (q_buf, k_buf.index(0), v_buf.index(0), do_buf, lse_buf, delta_buf, ds_buf, dq_buf)
-    bufs = (q_buf, k_buf, v_buf, do_buf, lse_buf, delta_buf, ds_buf, dq_buf, p_buf)
-    load_bars = (q_full, q_empty, do_full, do_empty, kv_full, dq_full, dq_empty)
-    bars = load_bars + (p_full, p_empty, ds_full, ds_empty)
-    ptrs = (sched, cu_q, cu_k, turns)
-    sizes = (num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k)
-    window = (wl, wr)
+    descs = Descriptors(
+        q=q_desc, k=k_desc, v=v_desc, do=do_desc, lse=lse_desc, delta=delta_desc, dq=dq_desc, dk=dk_desc, dv=dv_desc
+    )
+    loads = Buffers(
+        q=q_buf, k=k_buf.index(0), v=v_buf.index(0), do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf
+    )
+    bufs = WideBuffers(
+        q=q_buf, k=k_buf, v=v_buf, do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf, p=p_buf
+    )
+    load_bars = Barriers(
+        q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
+        dq_empty=dq_empty,
+    )  # fmt: skip
+    bars = WideBarriers(
+        q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
+        dq_empty=dq_empty, p_full=p_full, p_empty=p_empty, ds_full=ds_full, ds_empty=ds_empty,
+    )  # fmt: skip
+    prob = Problem(
+        sched=sched, cu_q=cu_q, cu_k=cu_k, turns=turns, num_n=num_n, num_tiles=num_tiles, section=section, Sq=Sq, Sk=Sk,
+        padded=padded, num_heads_k=num_heads_k, group=group, batch_heads_k=batch_heads_k, wl=wl, wr=wr,
+    )  # fmt: skip
+    C: gl.constexpr = WideConfig(
+        BM=BM, BN=BN, D=D, STAGES=STAGES, DO_STAGES=DO_STAGES, DQ_COLUMNS=DQ_COLUMNS, DQ_STAGES=DQ_STAGES,
+        VARLEN=VARLEN, LEFT=LEFT, RIGHT=RIGHT, LOOKAHEAD=LOOKAHEAD, FIRST_STORES=FIRST_STORES,
+        DETERMINISTIC=DETERMINISTIC, PDL=PDL, NAMED_Q=0, NAMED_DO=0,
+    )  # fmt: skip
     # Registers: dS in flight beside the next dP takes more of them. ``values`` gets the rest of 512: 208 or 192.
     KEYS_REGS: gl.constexpr = 224 if LOOKAHEAD else 208
     gl.warp_specialize([
-        (values_consumer, (descs, bufs, bars, ptrs, sizes, window, scale_log2, BM, BN, D, STAGES, DO_STAGES,
-                           VARLEN, LEFT, RIGHT, FIRST_STORES)),
-        (keys_consumer, (descs, bufs, bars, ptrs, sizes, window, scale, BM, BN, D, STAGES, DO_STAGES,
-                         VARLEN, LEFT, RIGHT, LOOKAHEAD)),
-        (queries_consumer, (bufs, bars, ptrs, sizes, window, BM, BN, D, DQ_COLUMNS, DQ_STAGES, VARLEN, LEFT, RIGHT)),
-        (backward_producer, (descs, loads, load_bars, ptrs, sizes, window, BM, BN, STAGES, DO_STAGES, VARLEN, LEFT,
-                             RIGHT, FIRST_STORES, PDL, False)),
-        (wide_reducer, (descs, loads, load_bars, ptrs, sizes, window, BM, BN, D, DQ_COLUMNS, DQ_STAGES, VARLEN, LEFT,
-                        RIGHT, FIRST_STORES, DETERMINISTIC)),
+        (values_consumer, (descs, bufs, bars, prob, scale_log2, C)),
+        (keys_consumer, (descs, bufs, bars, prob, scale, C)),
+        (queries_consumer, (bufs, bars, prob, C)),
+        (backward_producer, (descs, loads, load_bars, prob, C)),
+        (wide_reducer, (descs, loads, load_bars, prob, C)),
     ], [4, 4, 1, 1], [KEYS_REGS, 72, 24, 24])  # fmt: skip
