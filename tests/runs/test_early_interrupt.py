@@ -78,8 +78,8 @@ for number in range(2):
 JOB = """
 import os, time
 parent = os.getppid()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(30)
 except KeyboardInterrupt:
     time.sleep(1)  # subprocess.run itself gives a child 0.25 s after Ctrl-C, then kills it

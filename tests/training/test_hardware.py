@@ -202,6 +202,7 @@ def test_measuring_leaves_the_random_numbers_and_tf32_alone() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone  # beside other tests a product gets a fraction of the card
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_measured_is_below_the_table() -> None:
     """On a GPU of the table, a measured product reaches a good part of the peak and never more than it."""

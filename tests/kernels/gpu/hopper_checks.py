@@ -449,4 +449,8 @@ def main(group: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    status = main(sys.argv[1])
+    sys.stdout.flush()
+    # Not by way of the interpreter's end, where autograd's thread may still be letting go of a graph: it then asks for
+    # the interpreter, is ended by it, and takes the process down ("terminate called without an active exception")
+    os._exit(status)
