@@ -303,6 +303,18 @@ def kill_in_small_file(name: str) -> Callable[[], None]:
     return arm
 
 
+def kill_before_pointer() -> None:
+    """Between the rename of a checkpoint's folder and that of the pointer."""
+    plain = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if target.name == checkpoint.POINTER:
+            die()
+        return plain(self, target)
+
+    Path.replace = replace  # type: ignore[assignment, method-assign]
+
+
 def kill_before(function: str) -> Callable[[], None]:
     """Instead of a function of `training.checkpoint`."""
 
@@ -318,7 +330,7 @@ FAULTS: dict[str, Callable[[Job, Engine], None]] = {
     "shard": in_save(kill_in_shard),
     "manifest": in_save(kill_in_small_file("manifest")),
     "publish": in_save(kill_before("publish")),
-    "pointer": in_save(kill_in_small_file("latest")),
+    "pointer": in_save(kill_before_pointer),
     "deletion": in_save(kill_before("rotate")),
     "nan": nan_loss,
 }
