@@ -47,9 +47,9 @@ def _add_mean_kernel(
         if rank == RANK:
             row_ptr = own_ptr
         elif rank < RANK:
-            row_ptr = others_ptr + rank * stride
+            row_ptr = others_ptr + tl.full((), rank, tl.int64) * stride
         else:
-            row_ptr = others_ptr + (rank - 1) * stride
+            row_ptr = others_ptr + tl.full((), rank - 1, tl.int64) * stride
         found += tl.load(row_ptr + place, mask=used, other=0.0).to(tl.float32)
     total = tl.load(total_ptr + place, mask=used)
     tl.store(total_ptr + place, total + found * share, mask=used)
