@@ -343,6 +343,8 @@ def test_which_forward_tile() -> None:
         (128, 512, True, False, tuning.FORWARD[128]),
         (192, 8192, False, False, tuning.FORWARD[192]),
         (256, 512, False, False, tuning.FORWARD[256]),
+        (256, 512, False, True, tuning.FORWARD_LONG[256]),
+        (256, 512, True, True, tuning.FORWARD[256]),
     ):
         assert tuning.forward_tile(width, keys, left, right) is want
 

@@ -193,23 +193,28 @@ _TWO_CTAS = ForwardTile(
     block_m=128, block_n=64, stages=4, consumer_regs=104, own_o=True, pingpong=False,
     overlap=False, ahead=True, trim=True, named_kv=True, ctas=2,
 )  # fmt: skip
+_WIDEST = ForwardTile(block_m=128, block_n=64, stages=2, consumer_regs=240, own_o=False, pingpong=True)
 
 FORWARD: dict[int, ForwardTile] = {
     64: _TWO_CTAS,
     128: replace(_AHEAD, named_kv=True),
     # 192 and 256: K and V blocks of 64, two stages of 128 would need 240 and 320 KB. O lies in Q's buffer.
     192: replace(_AHEAD, block_n=64, own_o=False),
-    256: ForwardTile(block_m=128, block_n=64, stages=2, consumer_regs=240, own_o=False, pingpong=True),
+    256: _WIDEST,
 }
 """Padded head dim -> forward tile. With two CTAs, one's blocks run beside the start and end of the other's tiles, which
 weigh most in short rows: H200, D = 64, 16k tokens, TFLOP/s causal at S = 512, 1k, 2k: 290 362 415, with FORWARD_LONG
 213 296 406; with a window of 1,024 at 4k and 16k 395 392, with one CTA of 128 rows 342 350."""
 
-FORWARD_LONG: dict[int, ForwardTile] = {64: _TALL, 128: replace(_AHEAD, own_o=False)}
+FORWARD_LONG: dict[int, ForwardTile] = {
+    64: _TALL,
+    128: replace(_AHEAD, own_o=False),
+    256: replace(_WIDEST, ahead=True, one_q=True),
+}
 """Padded head dim -> forward tile from LONG_KEYS keys on. H200, 16k tokens, TFLOP/s: D = 64 causal at S = 4k and 16k
 479 566, with FORWARD 447 480; full at 512, 2k, 16k 396 531 579 and 398 465 490; D = 128 full 516 663 709 and 513 650
-693."""
-LONG_KEYS: dict[tuple[int, bool], int] = {(64, True): 2049, (64, False): 0, (128, False): 0}
+693; D = 256 causal at 512, 2k, 8k 331 579 707 and 327 570 702."""
+LONG_KEYS: dict[tuple[int, bool], int] = {(64, True): 2049, (64, False): 0, (128, False): 0, (256, True): 0}
 """(padded head dim, whether later keys are hidden) -> keys from which calls take FORWARD_LONG; with a window on the
 left none does."""
 
@@ -221,7 +226,7 @@ FORWARD_CANDIDATES: dict[int, dict[str, ForwardTile]] = {
         "deep": replace(FORWARD[192], ahead=False, stages=3),
         "own_o": replace(FORWARD[192], ahead=False, own_o=True),
     },
-    256: {"ahead": replace(FORWARD[256], ahead=True, one_q=True)},  # windowed varlen under 3.9: 52 bytes of spills
+    256: {"ahead": FORWARD_LONG[256]},  # windowed varlen under 3.9: 52 bytes of spills
 }
 """Padded head dim -> name -> forward tile to hold against those chosen, everywhere: the bench's
 ``hopper[candidate="NAME"]``. They compile clean and have groups of their own in tests/kernels/gpu/hopper_checks.py."""
