@@ -12,6 +12,18 @@ from rich.table import Table
 
 from scripts.bench_cells import Cost, Result
 
+LABELS = {
+    "hopper": "ours, Hopper",
+    "portable": "ours, portable",
+    "flash1": "FlashAttention-1's schedule",
+    "standard": "standard attention",
+    "sdpa": "PyTorch's SDPA",
+    "sdpa_flash": "FlashAttention-2 in PyTorch",
+    "sdpa_cudnn": "cuDNN in PyTorch",
+    "flex": "FlexAttention",
+}
+"""Names of implementations in figures."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryResult:
@@ -102,8 +114,9 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
 
     kinds = list(dict.fromkeys(kind(r) for r in results))
     directions = list(dict.fromkeys(r.direction for r in results))
+    size = (4.2 * len(kinds), 3.4 * len(directions))
     figure, axes = plt.subplots(
-        len(directions), len(kinds), figsize=(4.2 * len(kinds), 3.4 * len(directions)), squeeze=False, sharey="row"
+        len(directions), len(kinds), figsize=size, squeeze=False, sharey="row", layout="constrained"
     )
     for i, direction in enumerate(directions):
         for j, panel in enumerate(kinds):
@@ -115,18 +128,26 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
                     if (r.implementation, r.direction, kind(r)) == (name, direction, panel) and not r.error
                 ]
                 if line:  # cells come in the order of the grid, documents after what they are compared with
-                    ax.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name)
+                    ax.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=label_of(name))
             label_lengths(ax, sorted({r.seqlen for r in results if kind(r) == panel}))
             ax.set_ylim(bottom=0)
             ax.set_title(f"{direction}, {panel}", fontsize=9)
             ax.set_xlabel("longest document" if panel.endswith("documents") else "sequence length")
             ax.grid(alpha=0.3)
         axes[i][0].set_ylabel("TFLOP/s")
-    axes[0][0].legend(fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
+    lines = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
+    columns = max(1, 2 * len(kinds))
+    names = figure.legend(lines.values(), lines, title=title, fontsize=8, ncols=columns, loc="outside upper center")
+    names.get_title().set_fontsize(9)
+    names.get_frame().set_linewidth(0)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def label_of(name: str) -> str:
+    """An implementation in words; options in brackets stay as they were given: ``hopper[pdl=true]``."""
+    base, bracket, options = name.partition("[")
+    return LABELS.get(base, base) + (f" {bracket}{options}" if bracket else "")
 
 
 def label_lengths(ax: Any, seqlens: Sequence[int]) -> None:
@@ -165,7 +186,7 @@ def plot_memory(results: Sequence[MemoryResult], path: Path, title: str) -> None
     for name in dict.fromkeys(r.implementation for r in results):
         mine = sorted((r for r in results if r.implementation == name), key=lambda r: r.seqlen)
         mib = [(r.saved_bytes if r.peak_bytes is None else r.peak_bytes) / 2**20 for r in mine]
-        ax.plot([r.seqlen for r in mine], mib, marker="o", markersize=3, label=name)
+        ax.plot([r.seqlen for r in mine], mib, marker="o", markersize=3, label=label_of(name))
     label_lengths(ax, sorted({r.seqlen for r in results}))
     ax.set_yscale("log", base=2)
     ax.set_xlabel("sequence length, one sequence")
