@@ -515,7 +515,9 @@ class ForecastConfig:
     """`scripts/forecast.py`: a cluster on paper. Rates are to be measured; the defaults of links are a datasheet's."""
 
     tokens_per_s: float = 0.0
-    """Of one device alone with this config's micro-batch, as measured. Has to be given."""
+    """Of one device alone with this config's micro-batch, as measured. 0: not known, only memory is predicted."""
+    memory_gb: float | None = None
+    """10^9 bytes of a device's memory (an H100 80GB: 85, an H200: 150), to say what fits. null: nothing is said."""
     world_sizes: list[int] = field(default_factory=lambda: [8, 64, 256, 1024])
     """Numbers of devices."""
     engines: list[str] = field(default_factory=lambda: ["zero1", "zero2", "zero3"])

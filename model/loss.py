@@ -123,6 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=d_hidden[part])  # logits hold their own gradient now
             if d_weight is not None:
                 add_weight_gradient_(d_weight, logits, hidden[part])
+            del logits  # before the next chunk's are there
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype, ctx.weight_sum = weight.dtype, weight_sum
         return sums

@@ -50,6 +50,27 @@ def test_sequence_parallel_ranks_share_a_batch() -> None:
     assert (row.global_batch_size, row.accumulation_steps) == (16, 4)
 
 
-def test_speed_has_to_be_given() -> None:
-    with pytest.raises(UserError, match=r"forecast\.tokens_per_s=0"):
-        forecast.check(config_of("forecast.tokens_per_s=0"))
+def test_memory_alone_needs_no_speed() -> None:
+    config = config_of("forecast.tokens_per_s=0", "forecast.memory_gb=85", "engine=zero3")
+    forecast.check(config)
+    row = forecast.row_of(config, "zero3", config.engine, 4)
+    assert row.step_time_s is None
+    assert row.memory_gb == pytest.approx(37.1, abs=0.4)  # 37.52 on H200, a chunk of logits more (test_memory.py)
+    assert row.largest_micro_batch is not None
+    assert row.largest_micro_batch > 1
+    headings = [str(column.header) for column in forecast.table_of([row], config).columns]
+    assert headings == ["engine", "devices", "M tokens,\nall", "micro-\nbatches", "checkpoint,\nGB", "memory,\nGB",
+                        "largest micro-\nbatch, 85 GB"]  # fmt: skip
+
+
+def test_what_does_not_fit_is_said() -> None:
+    config = config_of("forecast.memory_gb=40")
+    row = forecast.row_of(config, "zero1", compose(["engine=zero1"]).engine, 1)
+    assert (row.memory_gb, row.largest_micro_batch) == (pytest.approx(70.6, abs=0.5), None)
+    assert "none" in [cell for column in forecast.table_of([row], config).columns for cell in column.cells]
+
+
+@pytest.mark.parametrize("override", ["tokens_per_s=-1", "memory_gb=0", "node_size=0", "link_gb_per_s=0"])
+def test_impossible_rates_are_refused(override: str) -> None:
+    with pytest.raises(UserError, match=rf"forecast\.{override}"):
+        forecast.check(config_of(f"forecast.{override}"))
