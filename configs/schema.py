@@ -488,13 +488,17 @@ class ScalingConfig:
     """`scripts/scaling.py`."""
 
     world_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    """Numbers of processes on this host; the first is what efficiencies are relative to."""
+    """Numbers of processes on this host; the first is what efficiencies are relative to. Not empty."""
     engines: list[str] = field(default_factory=lambda: ["zero1"])
-    """Options of `engine=` to measure."""
+    """Options of `engine=` to measure. Not empty."""
     steps: int = 30
     """Optimizer steps each; the first third is warm-up and not measured."""
     strong: bool = False
     """Keep the global batch (strong scaling). False: keep the batch of a rank (weak scaling)."""
+    each_card: bool = True
+    """Run the trial of one process on as many GPUs as the largest of `world_sizes` at the same time, each by itself:
+    its row is of the median GPU, and efficiencies are given over the slowest one, too. False: on the first GPU alone.
+    On a CPU there is one trial in any case."""
     forecast: list[int] = field(default_factory=list)
     """Larger numbers of processes to predict, not run: nodes like this host, of as many processes as the largest trial.
     Needs a trial on one process. Empty: none."""

@@ -150,7 +150,11 @@ def compare_all(config: CompareRunConfig, folder: Path) -> int:
 
 
 def check(config: CompareRunConfig) -> None:
-    """Raise `UserError` for `compare.settings` that aren't there, or aren't asked for."""
+    """Raise `UserError` if nothing is to be compared, and for `compare.settings` that aren't there or asked for."""
+    if not config.compare.attention:
+        raise UserError(
+            f"compare.attention=[]: give implementations to train with, of {', '.join(Attention)}, or leave it out."
+        )
     unknown = [name for name in config.compare.settings if name not in PAPER_TFLOPS]
     if unknown:
         raise UserError(f"compare.settings: there is no {', '.join(unknown)}; possible are {', '.join(PAPER_TFLOPS)}.")
@@ -230,7 +234,7 @@ def largest_fit(work: Comparison, name: str, overrides: list[str], kind: Attenti
                 on_step=partial(show_step, status, label, work.steps),
             )
         if trial is not None:
-            work.console.print(f"{label}: {speed_and_time(trial)}")
+            work.console.print(f"{label}: {speed_and_time(trial.tokens_per_s, trial.start_s, trial.wall_s)}")
             return measured(row, trial)
         work.console.print(f"{label}: does not fit in memory")
         work.no_room.append(rung)

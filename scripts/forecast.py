@@ -96,6 +96,8 @@ def check(config: ForecastRunConfig) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise UserError(f"forecast.{key}={value:g}: has to be above 0.")
+    if not given.engines:
+        raise UserError("forecast.engines=[]: give options of engine= to predict, such as zero1, or leave it out.")
     if not given.world_sizes or min(given.world_sizes) < 1:
         raise UserError(f"forecast.world_sizes={given.world_sizes}: give numbers of devices from 1 on.")
 

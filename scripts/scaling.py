@@ -4,10 +4,23 @@
     python scripts/scaling.py experiment=quickstart scaling.world_sizes=[1,2] scaling.steps=5
 
 Weak scaling keeps the batch of a rank (the global batch grows with the ranks); `scaling.strong=true` keeps the global
-batch. Efficiency is tokens/s per process relative to the first number of processes with the same engine. Each trial
-runs in fresh processes. Leaves `scaling.json` and `scaling.png` in the run folder, beside a folder for each trial; the
-JSON grows with each trial, and one that fails costs its own row only. Called again, it keeps the rows that were
-measured under the same conditions (`training.earlier`) and runs what is missing; `resume=never` starts anew.
+batch. Each trial runs in fresh processes. Leaves `scaling.json` and `scaling.png` in the run folder, beside a folder
+for each trial; the JSON grows with each trial, and one that fails costs its own row only. Called again, it keeps the
+rows that were measured under the same conditions (`training.earlier`) and runs what is missing; `resume=never` starts
+anew.
+
+GPUs of one host differ by some per cent, and W ranks go at the pace of the slowest of theirs: what W of them lack of W
+times one GPU is not all lost to communication. So the trial of one process runs on as many GPUs as the largest number
+of processes, at the same time, each by itself (`scaling.each_card=false`: on the first alone). With t(W) the tokens/s
+of W processes, and c(i) those of GPU i alone:
+
+    t(1)               = median of c(0) ... c(n-1)                n: the largest number of processes
+    efficiency         = t(W) / (W · t(1))                        over W of the host's median GPU
+    efficiency_slowest = t(W) / (W · min of c(0) ... c(W-1))      over W copies of the slowest of the W GPUs
+
+What the second lacks of 1 is lost to communication, and to waiting for ranks that are slow at times; the first lacks
+the spread of the GPUs as well. Where `scaling.world_sizes` begins with another number V, efficiency is
+(t(W) / W) / (t(V) / V).
 
 Beside each measurement stands what `training.forecast` makes of the trial on one process and of the links, which are
 measured too. `scaling.forecast=[64,256,1024]` adds rows that are predicted only, for as many nodes of this kind.
@@ -15,8 +28,10 @@ measured too. `scaling.forecast=[64,256,1024]` adds rows that are predicted only
 
 from __future__ import annotations
 
+import os
+import statistics
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,12 +58,16 @@ from training.forecast import Cluster, Job, copies, forecast
 from training.link import Link, probe
 from training.report import about, draw_lines, wide_console, write_json
 from training.run import TOKENIZER, claim, run_folder
-from training.trial import run_trial, speed_and_time
+from training.trial import Trial, run_on_cards, run_trial, speed_and_time
 from training.waterfall.work import ELEMENT_BYTES
 
 NO_ROOM = "does not fit in memory"
+PERFECT, SLOWEST = "perfect", "perfect, of the slowest GPU"
+"""Lines of the picture to compare with."""
 PREDICTIONS = ("predicted_step_time_s", "predicted_efficiency", "predicted_exposed_s", "bytes_per_step")
 """Fields of a row that are formed anew from all rows of a call."""
+CARDS = ("efficiency_slowest", "cards_tokens_per_s", "cards_problems")
+"""Fields of a row that come from trials on each GPU."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +83,17 @@ class Row:
     mfu: float | None
     mfu_causal: float | None
     peak_memory_gb: float | None
-    """Rank 0's."""
+    """Rank 0's; of one process on each GPU, the largest."""
     efficiency: float | None
     """Tokens/s per process relative to the engine's first row that fits."""
+    efficiency_slowest: float | None = None
+    """Tokens/s relative to as many copies of the slowest GPU of this row, alone; None for one process, and where the
+    row's GPUs weren't all measured alone."""
+    cards_tokens_per_s: dict[str, float | None] | None = None
+    """One process: each GPU's own, by what CUDA_VISIBLE_DEVICES calls it, in the order of ranks; `tokens_per_s` is
+    their median, as the other figures are theirs. A GPU whose trial failed has None. None where it wasn't looked at."""
+    cards_problems: dict[str, str] | None = None
+    """Why GPUs have no figure: `NO_ROOM`, or how the trial failed. None where they weren't looked at."""
     predicted_step_time_s: float | None = None
     """By `training.forecast`; None where the engine has no trial on one process to start from."""
     predicted_efficiency: float | None = None
@@ -108,26 +135,40 @@ def scale(config: ScalingRunConfig, folder: Path) -> int:
         if stop.signal:
             console.print(f"{stop.signal.name}: the trials end here; the same command goes on.")
         finish(console, report, overrides, have)
-    return stop.exit_code or int(any(row.problem not in (None, NO_ROOM) for row in report.rows))
+    return stop.exit_code or int(any(has_failed(row) for row in report.rows))
+
+
+def has_failed(row: Row) -> bool:
+    """Whether a trial of the row ended for something else than memory."""
+    problems = [*(row.cards_problems or {}).values(), *([row.problem] if row.problem else [])]
+    return any(problem != NO_ROOM for problem in problems)
 
 
 def add_all(console: Console, report: Report, overrides: list[str]) -> None:
     """The links between processes, and the rows of all trials."""
     config = report.config
     report.link = links(console, config, report.link)  # seconds; processes that can't talk fail here
+    cards = cards_of(config, os.environ)
     for engine in dict.fromkeys(config.scaling.engines):
         for world_size in dict.fromkeys(config.scaling.world_sizes):
-            add(console, report, overrides, engine, world_size)
+            add(console, report, overrides, engine, world_size, cards if world_size == 1 else [])
 
 
-def add(console: Console, report: Report, overrides: list[str], engine: str, world_size: int) -> None:
-    """The row of a trial, kept or measured."""
+def add(
+    console: Console, report: Report, overrides: list[str], engine: str, world_size: int, cards: Sequence[str]
+) -> None:
+    """The row of a trial, kept or measured; of one that runs on `cards`, kept if it has a figure of each."""
     old = next((row for row in report.rows if (row.engine, row.world_size) == (engine, world_size)), None)
     if old is not None:
-        console.print(f"{engine} on {world_size}: {old.tokens_per_s:,.0f} tokens/s, kept from an earlier call")
-        return
-    row = measure(console, report.config, overrides, engine, world_size, report.folder)
-    report.rows = arranged(report.config, [*report.rows, row])
+        said = f"{engine} on {world_size}: {old.tokens_per_s:,.0f} tokens/s, kept from an earlier call"
+        missing = [card for card in cards if not (old.cards_tokens_per_s or {}).get(card)]
+        console.print(f"{said}; not of GPU {', '.join(missing)}, so all are measured again" if missing else said)
+        if not missing:
+            return
+    row = measure(console, report.config, overrides, engine, world_size, report.folder, cards)
+    if old is not None and row.tokens_per_s is None:
+        return  # what was measured is better than nothing
+    report.rows = arranged(report.config, [*(r for r in report.rows if r is not old), row])
     report.write()  # what is measured stays, whatever comes later
 
 
@@ -144,7 +185,8 @@ def finish(console: Console, report: Report, overrides: list[str], kept: Collect
 
 def kept(config: ScalingRunConfig, values: dict[str, Any]) -> Row | None:
     """An earlier row without its predictions; None if this call would train it with another batch."""
-    row = row_of(Row, {**values, **dict.fromkeys(PREDICTIONS)})
+    later = dict.fromkeys(CARDS)  # a report from before they were measured lacks these
+    row = row_of(Row, {**later, **values, **dict.fromkeys(PREDICTIONS)})
     try:
         same = row is not None and row.global_batch_size == global_batch(config, row.world_size)
     except UserError:  # no batch at all
@@ -168,8 +210,39 @@ def arranged(config: ScalingRunConfig, rows: Sequence[Row]) -> list[Row]:
         if reference is not None and reference.tokens_per_s and row.tokens_per_s:
             base = reference.tokens_per_s / reference.world_size
             row = replace(row, efficiency=row.tokens_per_s / row.world_size / base)
-        result.append(row)
+        result.append(replace(row, efficiency_slowest=efficiency_slowest(row, rows)))
     return result
+
+
+def efficiency_slowest(row: Row, rows: Sequence[Row]) -> float | None:
+    """A row's tokens/s over those of as many copies of the slowest of its GPUs, which are the first of those that the
+    engine's trial of one process ran on; None as `Row` says."""
+    alone = next((r for r in rows if r.engine == row.engine and r.world_size == 1), None)
+    if row.world_size == 1 or alone is None or not row.tokens_per_s:
+        return None
+    slowest = slowest_of(alone, row.world_size)
+    return slowest and row.tokens_per_s / (row.world_size * slowest)
+
+
+def slowest_of(alone: Row, number: int) -> float | None:
+    """Tokens/s of the slowest among the first `number` GPUs, each by itself; None if one of them has no figure."""
+    speeds = list((alone.cards_tokens_per_s or {}).values())[:number]
+    known = [speed for speed in speeds if speed]
+    return min(known) if len(known) == number else None
+
+
+def cards_of(config: ScalingRunConfig, environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that the trial of one process runs on at the same time, as CUDA_VISIBLE_DEVICES calls them.
+
+    Those that the largest number of processes takes, in the order of ranks. Empty where there is but one, on a CPU or
+    with `scaling.each_card=false`: then it runs once, as any trial.
+    """
+    if not config.scaling.each_card or config.hardware.device is Device.cpu or not torch.cuda.is_available():
+        return []
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    cards = [name.strip() for name in names][: min(max(config.scaling.world_sizes), torch.cuda.device_count())]
+    return cards if len(cards) > 1 else []
 
 
 def links(console: Console, config: ScalingRunConfig, earlier: Link | None) -> Link | None:
@@ -212,7 +285,9 @@ def kind_of(config: ScalingRunConfig) -> str:
 
 
 def check(config: ScalingRunConfig) -> None:
-    """Raise `UserError` for engines that don't exist and numbers of processes that the host has no devices for."""
+    """Raise `UserError` for nothing to measure, for engines that don't exist and for more processes than GPUs."""
+    if not config.scaling.engines:
+        raise UserError("scaling.engines=[]: give options of engine= to measure, such as zero1, or leave it out.")
     for engine in config.scaling.engines:
         compose([f"engine={engine}"])
     if config.scaling.forecast and (1 not in config.scaling.world_sizes or len(config.scaling.world_sizes) < 2):
@@ -244,40 +319,90 @@ def measure(
     engine: str,
     world_size: int,
     folder: Path,
+    cards: Sequence[str] = (),
 ) -> Row:
-    """One trial; its efficiency comes with the other rows."""
+    """One trial, or one on each of `cards` at the same time; its efficiency comes with the other rows."""
     steps = config.scaling.steps
     batch = global_batch(config, world_size)
     label = f"{engine} on {world_size}"
     sizes = [f"train.global_batch_size={batch}", *micro_batch(config, world_size)]
-    trial, problem = None, NO_ROOM
-    try:
-        with console.status(label) as status:
-            trial = run_trial(
-                [*overrides, *sizes, f"engine={engine}", f"logging.group=scaling-{config.name}"],
-                folder / f"{engine}_{world_size}",
-                steps=steps,
-                world_size=world_size,
-                on_step=partial(show_step, status, label, steps),
-            )
-    except UserError as error:
-        problem = str(error)
-    if trial is None:
-        console.print(f"{label}: {problem}", markup=False, soft_wrap=True)
-        return replace(Row(engine, world_size, batch, *[None] * 6), problem=problem)
-    console.print(f"{label}: {speed_and_time(trial)}")
-    return Row(
-        engine=engine,
-        world_size=world_size,
-        global_batch_size=batch,
+    given = [*overrides, *sizes, f"engine={engine}", f"logging.group=scaling-{config.name}"]
+    nothing = Row(engine, world_size, batch, *[None] * 6)
+    name = f"{engine}_{world_size}"
+    with console.status(label) as status:
+        on_step = partial(show_step, status, label, steps)
+        if cards:
+            folders = {card: folder / f"{name}_card_{rank}" for rank, card in enumerate(cards)}
+            row = row_of_cards(nothing, run_on_cards(given, folders, steps=steps, on_step=on_step))
+        else:
+            try:
+                trial = run_trial(given, folder / name, steps=steps, world_size=world_size, on_step=on_step)
+                row = replace(nothing, problem=NO_ROOM) if trial is None else row_of_trial(nothing, trial)
+            except UserError as error:
+                row = replace(nothing, problem=str(error))
+    report_row(console, row)
+    return row
+
+
+def report_row(console: Console, row: Row) -> None:
+    """What came out of a trial, in a line, and one for each GPU that has no figure."""
+    label = f"{row.engine} on {row.world_size}"
+    if row.tokens_per_s is None:
+        console.print(f"{label}: {row.problem}", markup=False, soft_wrap=True)
+        return
+    said = speed_and_time(row.tokens_per_s, row.start_s, row.wall_s)
+    console.print(f"{label}: {said}{of_cards(row)}", soft_wrap=True)
+    for card, problem in (row.cards_problems or {}).items():
+        console.print(f"{label}, GPU {card}: {problem}", markup=False, soft_wrap=True)
+
+
+def of_cards(row: Row) -> str:
+    """`, the median of 4 GPUs from 24,100 to 24,900`; empty where one was measured."""
+    speeds = [speed for speed in (row.cards_tokens_per_s or {}).values() if speed]
+    return f", the median of {len(speeds)} GPUs from {min(speeds):,.0f} to {max(speeds):,.0f}" if speeds else ""
+
+
+def row_of_trial(row: Row, trial: Trial) -> Row:
+    """The row with what a trial measured."""
+    return replace(
+        row,
         tokens_per_s=trial.tokens_per_s,
         step_time_s=trial.step_time_s,
         mfu=trial.mfu,
         mfu_causal=trial.mfu_causal,
         peak_memory_gb=trial.peak_memory_gb,
-        efficiency=None,
         start_s=trial.start_s,
         wall_s=trial.wall_s,
+    )
+
+
+def row_of_cards(row: Row, outcomes: Mapping[str, Trial | UserError | None]) -> Row:
+    """The row of one process from its trials on several GPUs, by name.
+
+    Speeds are medians over those that were measured, memory is the largest, and the times until the first step and
+    until the end are those of the last GPU. Where none was measured the row has the first one's `problem`.
+    """
+    trials = {card: outcome for card, outcome in outcomes.items() if isinstance(outcome, Trial)}
+    problems = {card: str(outcome or NO_ROOM) for card, outcome in outcomes.items() if card not in trials}
+    if not trials:
+        return replace(row, problem=next(iter(problems.values())))
+    found = list(trials.values())
+
+    def median(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
+
+    return replace(
+        row,
+        tokens_per_s=median([trial.tokens_per_s for trial in found]),
+        step_time_s=median([trial.step_time_s for trial in found]),
+        mfu=median([trial.mfu for trial in found]),
+        mfu_causal=median([trial.mfu_causal for trial in found]),
+        peak_memory_gb=max(trial.peak_memory_gb for trial in found),
+        start_s=max((trial.start_s for trial in found if trial.start_s is not None), default=None),
+        wall_s=max((trial.wall_s for trial in found if trial.wall_s is not None), default=None),
+        cards_tokens_per_s={card: trials[card].tokens_per_s if card in trials else None for card in outcomes},
+        cards_problems=problems,
     )
 
 
@@ -374,7 +499,10 @@ def table_of(rows: Sequence[Row], strong: bool, kept: Collection[tuple[str, int]
     title = f"{'Strong' if strong else 'Weak'} scaling (medians; MFU counts attention in full / causally)"
     caption = f"Kept from earlier calls: {', '.join(old)}" if old else None
     table = Table(title=title, caption=caption, caption_justify="left")
-    for heading in ("engine", "processes", "batch", "tokens/s", "step", "MFU", "memory", "efficiency", "predicted"):
+    by_card = any(row.cards_tokens_per_s for row in rows)
+    speed = "tokens/s\n(slowest to\nfastest GPU)" if by_card else "tokens/s"
+    efficiencies = ("efficiency", "of slowest") if by_card else ("efficiency",)
+    for heading in ("engine", "processes", "batch", speed, "step", "MFU", "memory", *efficiencies, "predicted"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
 
     def text(value: float | None, pattern: str) -> str:
@@ -385,14 +513,21 @@ def table_of(rows: Sequence[Row], strong: bool, kept: Collection[tuple[str, int]
             row.engine,
             str(row.world_size),
             str(row.global_batch_size),
-            text(row.tokens_per_s, "{:,.0f}"),
+            text(row.tokens_per_s, "{:,.0f}") + extremes(row),
             text(row.step_time_s and row.step_time_s * 1e3, "{:,.1f} ms"),
             f"{text(row.mfu, '{:.1%}')} / {text(row.mfu_causal, '{:.1%}')}",
             text(row.peak_memory_gb, "{:.2f} GB"),
             text(row.efficiency, "{:.1%}"),
+            *([text(row.efficiency_slowest, "{:.1%}")] if by_card else []),
             predicted_text(row),
         )
     return table
+
+
+def extremes(row: Row) -> str:
+    """A line of `(24,100 to 24,900)`: the slowest and the fastest GPU by itself; empty where one was measured."""
+    speeds = [speed for speed in (row.cards_tokens_per_s or {}).values() if speed]
+    return f"\n({min(speeds):,.0f} to {max(speeds):,.0f})" if speeds else ""
 
 
 def predicted_text(row: Row) -> str:
@@ -403,18 +538,24 @@ def predicted_text(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Tokens/s over the number of processes, one line an engine, and what perfect scaling of the first would be."""
+    """Tokens/s over the number of processes, one line an engine, and what perfect scaling of the first would be: over
+    its first row, and over the slowest of as many GPUs."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.tokens_per_s:
             lines.setdefault(row.engine, []).append((row.world_size, row.tokens_per_s))
-    ideal = next(iter(lines.values()), [])
+    first = next(iter(lines), None)
     sizes: list[Any] = sorted({row.world_size for row in rows})
-    if ideal:
-        rate = ideal[0][1] / ideal[0][0]
-        lines["perfect"] = [(size, size * rate) for size in sizes]
+    if first is not None:
+        size, speed = lines[first][0]
+        lines[PERFECT] = [(s, s * speed / size) for s in sizes]
+        alone = next((row for row in rows if row.engine == first and row.world_size == 1), None)
+        slowest = [(s, s * rate) for s in sizes if alone is not None and (rate := slowest_of(alone, s))]
+        if slowest:
+            lines[SLOWEST] = slowest
     lines = {name: sorted(points) for name, points in lines.items()}
-    draw_lines(path, lines, xticks=sizes, xlabel="processes", ylabel="tokens/s", title=title, dashed="perfect")
+    dashed = (PERFECT, SLOWEST)
+    draw_lines(path, lines, xticks=sizes, xlabel="processes", ylabel="tokens/s", title=title, dashed=dashed)
 
 
 if __name__ == "__main__":

@@ -94,15 +94,17 @@ def draw_lines(
     xlabel: str,
     ylabel: str,
     title: str,
-    dashed: str = "",
+    dashed: Sequence[str] = (),
 ) -> None:
-    """A line of (x, y) points a name; the one called `dashed` is drawn as a reference."""
+    """A line of (x, y) points a name; those of `dashed` are references, the first in dashes, others in dots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
-        style: dict[str, Any] = {"linestyle": "--", "color": "#888888"} if name == dashed else {"marker": "o"}
+        style: dict[str, Any] = {"marker": "o"}
+        if name in dashed:
+            style = {"linestyle": "--" if name == dashed[0] else ":", "color": "#888888"}
         axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
     axes.set_xticks(list(xticks))
     axes.set_xlabel(xlabel)

@@ -12,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ QUIET = (
     "logging.progress=off",
     "resume=never",
 )
+LOOK_EVERY_S = 0.2
+"""Between two looks at how far a trial is."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,52 @@ class Trial:
     """Seconds from the start of its processes to their end."""
 
 
-def speed_and_time(trial: Trial) -> str:
+def speed_and_time(tokens_per_s: float, start_s: float | None, wall_s: float | None) -> str:
     """`12,345 tokens/s (first step after 21 s of 48 s)`: the result, and what it cost."""
-    speed = f"{trial.tokens_per_s:,.0f} tokens/s"
-    if trial.start_s is None or trial.wall_s is None:
+    speed = f"{tokens_per_s:,.0f} tokens/s"
+    if start_s is None or wall_s is None:
         return speed
-    return f"{speed} (first step after {trial.start_s:.0f} s of {trial.wall_s:.0f} s)"
+    return f"{speed} (first step after {start_s:.0f} s of {wall_s:.0f} s)"
+
+
+@dataclass
+class Running:
+    """A trial's processes, from `started` on."""
+
+    process: subprocess.Popen[str]
+    run_dir: Path
+    begin: float = field(default_factory=time.monotonic)
+    """`time.monotonic`, in seconds, as the others."""
+    first: float | None = None
+    """When the row of the first step was seen."""
+    end: float | None = None
+    """When the processes were seen to have ended."""
+
+    def look(self) -> int:
+        """Steps done, noting when the first was, and the end."""
+        ended = self.process.poll() is not None  # before the rows are read: then they are all there
+        done = len(read_metrics(self.run_dir / "metrics.jsonl"))
+        now = time.monotonic()
+        if done and self.first is None:
+            self.first = now
+        if ended and self.end is None:
+            self.end = now
+        return done
+
+    def outcome(self, steps: int) -> Trial | None:
+        """What was measured, once the processes have ended; returns and raises as `run_trial`."""
+        assert self.end is not None
+        said = (self.run_dir / "output.txt").read_text()
+        code = self.process.returncode
+        # Under torchrun the exit code is torchrun's; an error while the model is built is PyTorch's own.
+        if code == OUT_OF_MEMORY_EXIT_CODE or OUT_OF_MEMORY in said or "OutOfMemoryError" in said:
+            return None
+        if code != 0:
+            raise UserError(
+                f"The trial in {self.run_dir} failed with exit code {code}. Its output ends with:\n{end_of(said)}"
+            )
+        trial = summarise(read_metrics(self.run_dir / "metrics.jsonl"), steps)
+        return replace(trial, start_s=(self.first or self.end) - self.begin, wall_s=self.end - self.begin)
 
 
 def run_trial(
@@ -88,6 +131,55 @@ def run_trial(
     Returns None if the GPU's memory did not suffice. Raises `UserError` with the end of the run's output if it failed
     otherwise. Whatever ends the call ends all processes of the trial.
     """
+    with started(overrides, run_dir, steps, world_size) as trial:
+        wait_for_all([trial], on_step)
+    return trial.outcome(steps)
+
+
+def run_on_cards(
+    overrides: Sequence[str],
+    run_dirs: Mapping[str, Path],
+    *,
+    steps: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Trial | UserError | None]:
+    """The same trial of one process on several GPUs of this host at the same time, each by itself.
+
+    Args:
+        overrides: as for `run_trial`.
+        run_dirs: a folder for each GPU, which goes by what CUDA_VISIBLE_DEVICES calls it.
+        steps: optimizer steps of each.
+        on_step: called with the steps that the slowest has done.
+
+    Gives for each GPU what `run_trial` would return or raise: one that fails leaves the others alone. Each process has
+    as many threads as torchrun gives to a rank: one, unless OMP_NUM_THREADS says otherwise. Whatever ends the call ends
+    the processes of all.
+    """
+    with ExitStack() as stack:
+        trials: dict[str, Running] = {}
+        for card, run_dir in run_dirs.items():
+            variables = {"CUDA_VISIBLE_DEVICES": card, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+            trials[card] = stack.enter_context(started(overrides, run_dir, steps, variables=variables))
+        stack.callback(lambda: ask_to_end(trials.values()))
+        wait_for_all(list(trials.values()), on_step)
+    outcomes: dict[str, Trial | UserError | None] = {}
+    for card, trial in trials.items():
+        try:
+            outcomes[card] = trial.outcome(steps)
+        except UserError as error:
+            outcomes[card] = error
+    return outcomes
+
+
+@contextmanager
+def started(
+    overrides: Sequence[str],
+    run_dir: Path,
+    steps: int,
+    world_size: int = 1,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Running]:
+    """A trial that is under way, and over when the block is. `variables`: of its environment, beside our own."""
     launcher = [sys.executable]
     if world_size > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
@@ -101,28 +193,27 @@ def run_trial(
     ]
     run_dir.mkdir(parents=True, exist_ok=True)
     move_aside(RunFolder(run_dir))  # as the run itself would, but before its metrics are looked at
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **(variables or {})}
     with (
         open(run_dir / "output.txt", "w") as output,
         child(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
     ):
-        begin, first = time.monotonic(), None
-        while process.poll() is None:
-            time.sleep(0.2)
-            done = len(read_metrics(run_dir / "metrics.jsonl"))
-            first = first or (time.monotonic() if done else None)
-            on_step(done)
-        end = time.monotonic()
-    said = (run_dir / "output.txt").read_text()
-    # Under torchrun the exit code is torchrun's; an error while the model is built is PyTorch's own.
-    if process.returncode == OUT_OF_MEMORY_EXIT_CODE or OUT_OF_MEMORY in said or "OutOfMemoryError" in said:
-        return None
-    if process.returncode != 0:
-        raise UserError(
-            f"The trial in {run_dir} failed with exit code {process.returncode}. Its output ends with:\n{end_of(said)}"
-        )
-    trial = summarise(read_metrics(run_dir / "metrics.jsonl"), steps)
-    return replace(trial, start_s=(first or end) - begin, wall_s=end - begin)
+        yield Running(process, run_dir)
+
+
+def wait_for_all(trials: Sequence[Running], on_step: Callable[[int], None]) -> None:
+    """Return once all have ended; meanwhile `on_step` hears of the steps that the slowest has done."""
+    while any(trial.end is None for trial in trials):
+        time.sleep(LOOK_EVERY_S)
+        on_step(min(trial.look() for trial in trials))
+
+
+def ask_to_end(trials: Iterable[Running]) -> None:
+    """SIGTERM to what still runs, all at once: `child` ends one after the other, with patience for each."""
+    for trial in trials:
+        if trial.process.poll() is None:
+            trial.process.terminate()
 
 
 def end_of(output: str) -> str:
