@@ -29,13 +29,10 @@ from configs.errors import UserError
 from configs.schema import EngineConfig, ForecastRunConfig, Precision
 from training.batch import data_ranks, resolve_batch
 from training.forecast import Cluster, Job, checkpoint_bytes, copies, forecast
-from training.memory import largest_micro_batch, step_memory
+from training.memory import RESERVED_BYTES, largest_micro_batch, step_memory
 from training.report import about, wide_console, write_json
 from training.run import run_folder
 from training.waterfall.work import ELEMENT_BYTES
-
-RESERVED_BYTES = 3 * 10**9
-"""Of a device, left to the CUDA context, NCCL and the allocator's gaps: assumed, not measured."""
 
 
 @dataclass(frozen=True)

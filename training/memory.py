@@ -39,6 +39,10 @@ from model.dimensions import Dimensions, resolve_dimensions
 from model.flops import parameter_counts
 from model.loss import chunks
 from training.backend import gathering, should_be_lean
+from training.forecast import copies
+
+RESERVED_BYTES = 3 * 10**9
+"""Of a GPU, left to the CUDA context, NCCL and the allocator's gaps: assumed, not measured."""
 
 STATE_BYTES = 16
 """A weight's: fp32 master and two moments, 12; the weight and its gradient, 2 each in half precision, or in fp32 the
@@ -162,3 +166,24 @@ def largest_micro_batch(
         if more is not None and more.total <= available:
             size += step
     return size
+
+
+def outlook(
+    model: ModelConfig, engine: EngineConfig, micro_batch_size: int, world_size: int, room: int, *, neighbours: int
+) -> tuple[bool, str] | None:
+    """Whether a step in bf16 is counted to take more than the `room` bytes of a GPU, and a sentence about it.
+
+    None where `step_memory` knows nothing.
+
+    Args:
+        neighbours: GPUs of this host, which read each other's memory.
+    """
+    copied = copies(engine, 2, world_size, neighbours)
+    peak = step_memory(model, engine, micro_batch_size, world_size, copied=copied)
+    if peak is None:
+        return None
+    largest = largest_micro_batch(model, engine, world_size, room - RESERVED_BYTES, copied=copied)
+    fits = "no micro-batch fits" if largest is None else f"micro-batches of up to {largest} fit"
+    return peak.total > room, (
+        f"a step is counted to take {peak.total / 1e9:.1f} GB of the GPU's {room / 1e9:.1f} GB, and {fits}"
+    )

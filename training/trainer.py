@@ -39,12 +39,13 @@ from model.flops import causal_flops_of_documents, flops_per_token, parameter_co
 from model.generate import generate
 from training import checkpoint, rng
 from training import metrics as m
-from training.backend import DTYPES, arithmetic
+from training.backend import DTYPES, arithmetic, resolve_precision
 from training.batch import data_ranks, resolve_batch
 from training.console import RunSummary, print_summary, short_path
 from training.engine import Engine, build_engine
 from training.hardware import Peak, device_peak
 from training.logging import RunLogger, read_metrics, system_info
+from training.memory import outlook
 from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
@@ -109,10 +110,26 @@ class Trainer:
         self.logger.finish(0 if error is None else 1)
         self.cleanup.close()
         if isinstance(error, torch.OutOfMemoryError):
+            counted = self._outlook()
             raise OutOfMemoryError(
                 f"{OUT_OF_MEMORY} at train.micro_batch_size={self.plan.micro_batch_size}: lower it, or set "
                 "engine.recompute=block, or shard more (engine=zero2, zero3 on several GPUs)."
+                + (f" Counted beforehand: {counted[1]}." if counted else "")
             ) from error
+
+    def _outlook(self) -> tuple[bool, str] | None:
+        """See `training.memory.outlook`; None where it isn't known, as on a CPU."""
+        device, engine = self.processes.device, self.config.engine
+        if device.type != "cuda" or resolve_precision(engine.precision, device) is not Precision.bf16:
+            return None
+        return outlook(
+            self.model_config,
+            engine,
+            self.plan.micro_batch_size,
+            self.processes.world_size,
+            torch.cuda.get_device_properties(device).total_memory,
+            neighbours=torch.cuda.device_count(),
+        )
 
     def _build(self, stack: ExitStack) -> None:
         config, session, processes = self.config, self.session, self.processes
@@ -122,6 +139,9 @@ class Trainer:
         self.model_config = replace(config.model, vocab_size=vocabulary(config, self.corpus))
         self.replicas = data_ranks(config.engine, processes.world_size)
         self.plan = resolve_batch(config.train, self.replicas)
+        counted = self._outlook()
+        if counted is not None and counted[0]:
+            session.terminal.warn(counted[1])
         self.loader = self._loader()
         rng.seed_all(config.seed)  # the same initial weights on every rank
         # ZeRO-3 shards the weights as they are drawn, so that no host holds the whole model once a rank.

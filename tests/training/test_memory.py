@@ -12,7 +12,7 @@ import model.loss
 from configs import compose
 from configs.schema import Fp8, RunConfig
 from model.flops import parameter_counts
-from training.memory import StepMemory, largest_micro_batch, state_bytes, step_memory
+from training.memory import StepMemory, largest_micro_batch, outlook, state_bytes, step_memory
 
 CHUNK = 2 * 4096 * 50304 / 1e9
 """GB of a chunk of logits. Those runs still held one while they made the next; since then they don't."""
@@ -98,6 +98,17 @@ def test_largest_micro_batch_fits_and_one_more_does_not(available: float) -> Non
     else:
         assert peak(config, 2, size).total <= available < peak(config, 2, size + 1).total
     assert (size is None) == (available == 15e9)
+
+
+def test_what_a_user_is_told() -> None:
+    config = compose(["experiment=gpt3_2b7_8k", "model.vocab_size=50257"])
+    too_much, said = outlook(config.model, config.engine, 1, 1, 70 * 10**9, neighbours=1) or (None, "")
+    assert too_much
+    assert said == "a step is counted to take 70.6 GB of the GPU's 70.0 GB, and no micro-batch fits"
+    too_much, said = outlook(config.model, config.engine, 1, 1, 150 * 10**9, neighbours=1) or (None, "")
+    assert not too_much
+    assert said.endswith("150.0 GB, and micro-batches of up to 4 fit")
+    assert outlook(config.model, replace(config.engine, fp8=Fp8.rowwise), 1, 1, 10**9, neighbours=1) is None
 
 
 def test_gated_and_rotated_blocks_keep_more() -> None:
