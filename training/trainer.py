@@ -49,7 +49,7 @@ from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
-from training.resume import begins_elsewhere, resume
+from training.resume import Start, begins_elsewhere, resume
 from training.run import RECORD, keep_config, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
@@ -130,7 +130,8 @@ class Trainer:
         self.engine = build_engine(model, config, self.plan, processes)
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
-        self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
+        start = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
+        self.state = start.state
         if processes.is_main:
             keep_config(session.folder)
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
@@ -139,7 +140,7 @@ class Trainer:
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
         self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))
-        self.saver = self._saver()
+        self.saver = self._saver(start)
         stack.callback(self.saver.close)
         self.logger = self._logger()
         self.state.wandb_id = self.logger.wandb_id
@@ -194,14 +195,15 @@ class Trainer:
             enabled=self.processes.is_main,
         )
 
-    def _saver(self) -> Saver:
-        train = self.config.train
+    def _saver(self, start: Start) -> Saver:
+        train, folder = self.config.train, self.session.folder.checkpoints
         return Saver(
             self.engine,
-            self.session.folder.checkpoints,
+            folder,
             tokenizer_hash=self.corpus.tokenizer_hash,
             keep_last=train.keep_last,
             keep_every=train.keep_every,
+            abandoned=checkpoint.left_behind(folder, start.origin) if self.processes.is_main else (),
             asynchronous=train.async_save,
             progress=self.watchdog.beat,
         )
