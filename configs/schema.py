@@ -198,7 +198,8 @@ class ModelConfig:
 
 @dataclass
 class MixtureSource:
-    """One source of a mixture; what it doesn't name is as in the `data` section."""
+    """One source of a mixture, by keys that the `data` section must not have beside it; the rest of that section holds
+    for all sources."""
 
     name: str = ""
     """Its name in metrics (`val/loss/NAME`): lower-case letters, digits, `_` and `-`. Has to be given."""
