@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from configs.messages import plain
-from configs.schema import Packing, Precision, RunConfig
+from configs.schema import MixtureSource, Packing, Precision, RunConfig, Source
 from tests.training.conftest import equal, make_engine, make_model, masters, run_config, state_of, train
 from training import checkpoint, rng, shards
 from training.backend import DTYPES
@@ -583,6 +583,19 @@ def test_a_key_younger_than_the_checkpoint_was_at_its_default() -> None:
     current.data.packing = Packing.best_fit
     (found,) = compare_configs(saved, current)
     assert (found.key, found.saved, found.current, found.matters) == ("data.packing", "concatenate", "best_fit", True)
+
+
+def test_the_source_of_a_mixture_that_an_earlier_version_saved() -> None:
+    """It was the default, which `data=mixture` left as it was; a change of what is mixed is told, or to one source."""
+    current = run_config(1)
+    current.data.source, current.data.mixture = Source.mixture, [MixtureSource("own", 2.0)]
+    saved = plain(current)
+    saved["data"]["source"] = "stdlib"
+    assert compare_configs(saved, current) == []
+    current.data.mixture[0].weight = 3.0
+    assert [d.key for d in compare_configs(saved, current)] == ["data.mixture.own.weight"]
+    assert "data.source" in [d.key for d in compare_configs(run_config(1), current)]
+    assert "data.source" in [d.key for d in compare_configs(current, run_config(1))]
 
 
 def test_every_harmless_key_exists() -> None:
