@@ -198,7 +198,8 @@ class ModelConfig:
 
 @dataclass
 class MixtureSource:
-    """One source of a mixture; what it doesn't name is as in the `data` section."""
+    """One source of a mixture, by keys that the `data` section must not have beside it; the rest of that section holds
+    for all sources."""
 
     name: str = ""
     """Its name in metrics (`val/loss/NAME`): lower-case letters, digits, `_` and `-`. Has to be given."""
@@ -327,7 +328,7 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; there is one at the end as well. 0: none, also not at the end or on a signal."""
     keep_last: int = 2
-    """Newest checkpoints that are kept. 0: all."""
+    """Newest checkpoints that are kept, of the steps that led to here. 0: all."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept for good. 0: off."""
     async_save: bool = True

@@ -66,17 +66,14 @@ def source_configs(config: DataConfig, tokenizer: str) -> list[DataConfig]:
             mixture=[],
             tokenizer=tokenizer,
             source=entry.source,
-            path=entry.path,
-            subset=entry.subset,
-            revision=entry.revision,
-            split=entry.split,
-            validation_split=entry.validation_split,
-            text_key=entry.text_key,
+            **{key: getattr(entry, key) for key in OF_A_SOURCE},
         )
         for entry in config.mixture
     ]
 
 
+OF_A_SOURCE = ("path", "subset", "revision", "split", "validation_split", "text_key")
+"""Keys of `DataConfig` that an entry of `data.mixture` has for itself."""
 EMPTY = (
     "data.mixture is empty, and data=mixture has no other source: list what to mix, as in "
     "data.mixture='[{name: code, source: stdlib}, {name: own, source: text, path: FOLDER}]', or leave data=mixture out."
@@ -85,9 +82,15 @@ EMPTY = (
 
 
 def check_mixture(config: DataConfig) -> None:
-    """Raises DataError for names and weights that can't be."""
-    if config.path is not None:
-        raise DataError(f"data.path={config.path} is not read beside data.mixture: give each of its sources a path.")
+    """Raises DataError for names and weights that can't be, and for keys that only a corpus of one source reads."""
+    defaults = DataConfig()
+    for key in OF_A_SOURCE:
+        value = getattr(config, key)
+        if value != getattr(defaults, key):
+            raise DataError(
+                f"data.{key}={value} is not read beside data.mixture: give it to each of its sources ({{name: ..., "
+                f"{key}: {value}}})."
+            )
     names = [entry.name for entry in config.mixture]
     for index, entry in enumerate(config.mixture):
         where = f"data.mixture[{index}]"

@@ -34,6 +34,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -281,10 +282,21 @@ def clocks(device: str) -> str | None:
 
 
 def write_json(path: Path, meta: dict[str, Any], results: Sequence[Any], **others: Any) -> None:
-    """The environment, the results and, under their names, what follows from them."""
+    """The environment, the results and, under their names, what follows from them; null for a number that there isn't,
+    since JSON has no NaN and no infinity."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(r) if dataclasses.is_dataclass(r) and not isinstance(r, type) else r for r in results]
-    path.write_text(json.dumps({"environment": meta, "results": rows, **others}, indent=1) + "\n")
+    content = without_nan({"environment": meta, "results": rows, **others})
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """The same nested values, but None for numbers that aren't finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- command line

@@ -98,7 +98,7 @@ class Result:
     """Third quartile."""
     tflops: float
     error: str = ""
-    """Why there is no number (then the times are nan)."""
+    """Why there is no number (then the times are nan, and null in the JSON)."""
 
     @property
     def cell(self) -> Cell:

@@ -3,6 +3,7 @@
     latest                             the name of the newest committed one
     step_00000500/manifest.json        progress, config; of each shard: size, checksums, parts, host random states
     step_00000500/rank_00000.safetensors
+    abandoned/1/step_00000700          what a run that went back to an earlier one has left behind
 
 Every rank writes the parts of fp32 masters and both AdamW moments that it owns, as contiguous ranges of flattened
 parameters, so a checkpoint of any ZeRO stage and number of ranks loads into any other, bit for bit; only later sums
@@ -25,7 +26,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -41,13 +42,14 @@ from training import rng
 from training.distributed import Processes
 from training.engine import Engine
 from training.optimizer import LossScale
-from training.run import POINTER
+from training.run import POINTER, next_number
 from training.shards import CorruptError, ShardReader, ShardRecord, TensorRecord, checksum, write_shard
 from training.state import TrainState
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
 PREFIX, TEMPORARY, MANIFEST = "step_", ".tmp", "manifest.json"
+ABANDONED = "abandoned"
 MASTER, FIRST, SECOND = "master", "exp_avg", "exp_avg_sq"
 NAME = re.compile(rf"{PREFIX}\d+")
 KINDS = (MASTER, FIRST, SECOND)
@@ -192,11 +194,13 @@ def commit(
     *,
     keep_last: int = 0,
     keep_every: int = 0,
+    abandoned: Sequence[Path] = (),
     progress: Callable[[], None] | None = None,
 ) -> Path:
     """Write a snapshot and make it the newest checkpoint of `folder`. Collective over `processes.control`.
 
-    `progress` is called after each tensor that is written.
+    `abandoned` are moved aside before, as soon as nothing more can keep this one from its place. `progress` is called
+    after each tensor that is written.
     """
     target = folder / f"{PREFIX}{taken.manifest.step:08d}"
     temporary = folder / (target.name + TEMPORARY)
@@ -205,7 +209,7 @@ def commit(
         agree(processes, lambda: prepare(temporary) if on_main else None)
         shards = agree(processes, lambda: write_share(taken, temporary, processes.rank, progress))
         taken.manifest.shards = shards
-        agree(processes, lambda: publish(taken.manifest, temporary, target) if on_main else None)
+        agree(processes, lambda: publish(taken.manifest, temporary, target, abandoned) if on_main else None)
     except Exception as error:
         if on_main:
             shutil.rmtree(temporary, ignore_errors=True)  # nothing more can be done; the next save removes it
@@ -267,21 +271,40 @@ def write_share(taken: Snapshot, temporary: Path, rank: int, progress: Callable[
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def publish(manifest: Manifest, temporary: Path, target: Path) -> None:
+def publish(manifest: Manifest, temporary: Path, target: Path, abandoned: Sequence[Path] = ()) -> None:
     """Write the manifest and the new pointer; once both are on the disk, rename the folder and move the pointer.
 
-    Nothing that takes time or room comes between these two: a checkpoint that the pointer doesn't name is one of a
-    branch that was given up.
+    Nothing that takes time or room comes between these two: a checkpoint later than the one that the pointer names is
+    one of a branch that was given up. Those known as such go before: a kill in between leaves the pointer to one that
+    is gone, so that the run goes on from the older ones, those of its own branch.
     """
     write_synced(temporary / MANIFEST, encode(manifest))
     sync_folder(temporary)
     pointer = target.parent / (POINTER + TEMPORARY)
     write_synced(pointer, target.name + "\n")
-    if target.exists():  # of a branch that was given up, or damaged
+    move_aside(abandoned)
+    if target.exists():  # saved at this step before
         discard(target)
     temporary.rename(target)
     pointer.replace(target.parent / POINTER)
     sync_folder(target.parent)
+
+
+def move_aside(abandoned: Sequence[Path]) -> None:
+    """Move checkpoints into `abandoned/<n>/` beside them, the next free number: what is kept is no more counted by
+    them, nor does a run go on from them unless it is told to."""
+    if not abandoned:
+        return
+    place = abandoned[0].parent / ABANDONED
+    target = place / str(next_number(place))
+    target.mkdir(parents=True)
+    for checkpoint in abandoned:
+        checkpoint.rename(target / checkpoint.name)
+    names = ", ".join(checkpoint.name for checkpoint in sorted(abandoned))
+    LOG.warning(
+        f"{names}: not of what this run goes on from, so moved to {target}. resume=PATH goes back to them; delete them "
+        "if nobody will."
+    )
 
 
 def discard(checkpoint: Path) -> None:
@@ -377,6 +400,15 @@ def checkpoints(folder: Path) -> list[Path]:
 def is_committed(path: Path) -> bool:
     """Whether it is a folder with the name of a committed checkpoint."""
     return NAME.fullmatch(path.name) is not None and path.is_dir()
+
+
+def left_behind(folder: Path, origin: Path | None) -> list[Path]:
+    """Checkpoints of `folder` (`<run>/checkpoints`) that aren't among those that lead to `origin`, from which a run
+    goes on there: later ones, or all where it lies elsewhere or there is none."""
+    if origin is None or origin.resolve().parent != folder.resolve():
+        return checkpoints(folder)
+    step = read_manifest(origin).step
+    return [found for found in checkpoints(folder) if step_of(found) > step]
 
 
 def candidates(path: Path) -> list[Path]:
@@ -588,6 +620,7 @@ __all__ = [
     "commit",
     "consolidated_weights",
     "find_checkpoint",
+    "left_behind",
     "load",
     "load_weights",
     "read_manifest",

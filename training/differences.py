@@ -29,6 +29,8 @@ HARMLESS = (
 """Keys, and sections with a dot, that leave the trained function as it is: results are equal, or differ by rounding.
 (`data.shard_tokens` where it cuts no document, which `training.resume` looks at.)"""
 
+SOURCE = "data.source"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -46,14 +48,22 @@ def compare_configs(saved: RunConfig | Mapping[str, Any], current: RunConfig | M
     """Keys whose values differ, those that matter first, else in the current config's order.
 
     A key that didn't exist yet when `saved` was written counts as at its default, which is what was done before.
+    Between two mixtures `data.source` says nothing: it was `stdlib` in those of earlier versions.
     """
     before, now, default = flat(plain(saved)), flat(plain(current)), flat(plain(RunConfig()))
+    if is_mixture(before) and is_mixture(now):
+        before[SOURCE] = now[SOURCE]
     differences = []
     for key in [*now, *(key for key in before if key not in now)]:
         was, value = before.get(key, default.get(key, ABSENT)), now.get(key, ABSENT)
         if was != value:
             differences.append(Difference(key, was, value, matters(key)))
     return sorted(differences, key=lambda difference: not difference.matters)
+
+
+def is_mixture(values: Mapping[str, Any]) -> bool:
+    """Whether a flattened config mixes sources."""
+    return any(key.startswith("data.mixture.") for key in values)
 
 
 def matters(key: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,15 @@ BATCH = "train.global_batch_size"
 """Sequences a step; left out, they follow from the micro-batch and the ranks."""
 DIVISION = "data.shard_tokens"
 """Where the corpus is divided into shards, by which its hash goes."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, or goes on."""
+
+    state: TrainState
+    origin: Path | None = None
+    """The checkpoint that the engine has the weights of. None: those it was made with."""
 
 
 def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
@@ -67,8 +76,8 @@ def resume(
     corpus: PreparedData,
     loader: TokenLoader,
     terminal: Terminal,
-) -> TrainState:
-    """Load what `resume` says into the engine; the state to go on with, a new one if there is nothing. Collective.
+) -> Start:
+    """Load what `resume` says into the engine; where to go on, at step 0 if there is nothing. Collective.
 
     A run that begins from another's checkpoint is one of its own in wandb.
 
@@ -81,7 +90,7 @@ def resume(
     if loaded is None:
         if config.resume not in ("auto", "never"):
             raise UserError(f"resume={config.resume}: there is no checkpoint in it. Give another path, or resume=auto.")
-        return TrainState(corpus_hash=corpus.content_hash)
+        return Start(TrainState(corpus_hash=corpus.content_hash))
     for message in loaded.messages:
         terminal.warn(message)
     terminal.say(f"Going on from {short_path(loaded.path)}, {loaded.state.step:,} steps done.")
@@ -103,7 +112,7 @@ def resume(
                 f"{state.consumed_samples:,} samples, now means other text"
             )
     wandb_id = None if begins_elsewhere(config, folder) else state.wandb_id
-    return replace(state, corpus_hash=corpus.content_hash, wandb_id=wandb_id)
+    return Start(replace(state, corpus_hash=corpus.content_hash, wandb_id=wandb_id), loaded.path)
 
 
 def with_batch(differences: list[Difference], saved: Manifest, config: RunConfig, world_size: int) -> list[Difference]:

@@ -5,7 +5,7 @@ runs/<name>/
   metrics.jsonl    one object per logged step
   curves.png       loss and MFU
   tokenizer.json   what text became tokens by, and in tokenizer_config.json the separator of documents
-  checkpoints/     step_XXXXXXXX/ and the pointer `latest`
+  checkpoints/     step_XXXXXXXX/, the pointer `latest`, and what a run that went back has left in abandoned/N/
   wandb/           wandb's own files
   run.log          everything that libraries said, and tracebacks
   .start           the launcher's first start of the run; see `is_restart`
@@ -169,12 +169,16 @@ def move_aside(folder: RunFolder, names: Sequence[str] = OURS) -> Path | None:
     found = [folder.path / name for name in names if (folder.path / name).exists()]
     if not found:
         return None
-    numbers = [int(p.name) for p in (folder.path / "previous").glob("*") if p.name.isdigit()]
-    target = folder.path / "previous" / str(max(numbers, default=0) + 1)
+    target = folder.path / "previous" / str(next_number(folder.path / "previous"))
     target.mkdir(parents=True)
     for path in found:
         path.rename(target / path.name)
     return target
+
+
+def next_number(folder: Path) -> int:
+    """The number after the highest that is the name of something in the folder; 1 where there is none."""
+    return 1 + max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:

@@ -16,7 +16,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Saver:
         folder: `<run>/checkpoints`.
         tokenizer_hash: noted in the manifests.
         keep_last, keep_every: which older ones stay; see `checkpoint.save`.
+        abandoned: checkpoints in `folder` that the first save moves aside.
         asynchronous: write on a thread. Takes CPU memory for this rank's fp32 masters and moments, until `close`;
             where a machine doesn't have it, saves are synchronous, with a warning.
         progress: called whenever a part of a checkpoint is written; from the writing thread.
@@ -59,6 +60,7 @@ class Saver:
         tokenizer_hash: str,
         keep_last: int = 0,
         keep_every: int = 0,
+        abandoned: Sequence[Path] = (),
         asynchronous: bool = True,
         progress: Callable[[], None] | None = None,
     ) -> None:
@@ -67,6 +69,7 @@ class Saver:
         self.tokenizer_hash = tokenizer_hash
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.abandoned = abandoned
         self.asynchronous = asynchronous and memory_suffices(engine)
         self.progress = progress
         self.stalled_s = 0.0
@@ -152,8 +155,10 @@ class Saver:
             self._processes,
             keep_last=self.keep_last,
             keep_every=self.keep_every,
+            abandoned=self.abandoned,
             progress=self.progress,
         )
+        self.abandoned = ()
 
 
 class _Write(threading.Thread):

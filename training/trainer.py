@@ -44,13 +44,13 @@ from training.batch import data_ranks, resolve_batch
 from training.console import RunSummary, print_summary, short_path
 from training.engine import Engine, build_engine
 from training.hardware import Peak, device_peak
-from training.logging import RunLogger, read_metrics, system_info
+from training.logging import STEP, RunLogger, read_metrics, system_info
 from training.memory import outlook
 from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
-from training.resume import begins_elsewhere, resume
+from training.resume import Start, begins_elsewhere, resume
 from training.run import RECORD, keep_config, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
@@ -81,6 +81,9 @@ class Trainer:
         self.processes = session.processes
         self.started = time.monotonic()
         self.validated_at = -1
+        self.unevaluated = False
+        """After `finish`: whether all steps are done, but a signal came before the evaluation that belongs to the last.
+        """
         self.last: Step | None = None
         """The last step, whose result may not be known yet."""
         self.unread = False
@@ -150,7 +153,8 @@ class Trainer:
         self.engine = build_engine(model, config, self.plan, processes)
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
-        self.state = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
+        start = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
+        self.state = start.state
         if processes.is_main:
             keep_config(session.folder)
             shutil.copyfile(self.corpus.tokenizer_path, session.folder.tokenizer)
@@ -159,7 +163,7 @@ class Trainer:
         self.first_step = self.saved_at = self.state.step
         # Measured on one rank while the others wait: on a shared CPU they would slow each other down.
         self.peak = cast(Peak, processes.broadcast(self._measure_peak() if processes.is_main else None))
-        self.saver = self._saver()
+        self.saver = self._saver(start)
         stack.callback(self.saver.close)
         self.logger = self._logger()
         self.state.wandb_id = self.logger.wandb_id
@@ -214,14 +218,15 @@ class Trainer:
             enabled=self.processes.is_main,
         )
 
-    def _saver(self) -> Saver:
-        train = self.config.train
+    def _saver(self, start: Start) -> Saver:
+        train, folder = self.config.train, self.session.folder.checkpoints
         return Saver(
             self.engine,
-            self.session.folder.checkpoints,
+            folder,
             tokenizer_hash=self.corpus.tokenizer_hash,
             keep_last=train.keep_last,
             keep_every=train.keep_every,
+            abandoned=checkpoint.left_behind(folder, start.origin) if self.processes.is_main else (),
             asynchronous=train.async_save,
             progress=self.watchdog.beat,
         )
@@ -527,13 +532,17 @@ class Trainer:
     def finish(self) -> None:
         """Evaluate and save what the last step left undone; say where things are and what to run next.
 
+        A signal leaves no time for an evaluation. If it was the last one, the next start makes it.
+
         Raises `UserError` where a signal asks for another start, which would have nothing to go on from.
         """
         self.learn()
         train, state = self.config.train, self.state
         stopped = self.session.interrupts.poll()
-        if not stopped and train.eval_every and self.validated_at != state.step and self.last is not None:
+        self.unevaluated = self._lacks_evaluation()
+        if self.unevaluated and not stopped:
             self.evaluate()
+            self.unevaluated = self.validated_at != state.step
         if train.save_every and self.saved_at != state.step:
             self.save()
         with self._aside(), self.progress.status("saving"):
@@ -546,7 +555,7 @@ class Trainer:
         lost = self.exit_code != 0 and not train.save_every
         self.logger.finish(1 if lost else 0)
         if self.processes.is_main:
-            print_summary(self.session.terminal, self._summary(stopped))
+            print_summary(self.session.terminal, self._summary())
         if lost:
             raise UserError(
                 "SIGUSR1 asks for another start, and with train.save_every=0 nothing is saved: it would begin at step "
@@ -554,19 +563,34 @@ class Trainer:
                 "Give a train.save_every above 0; a signal saves too then."
             )
 
+    def _lacks_evaluation(self) -> bool:
+        """Whether all steps are done, but not the evaluation after the last, in this start or, by the metrics, in an
+        earlier one. Collective."""
+        step, train = self.state.step, self.config.train
+        if not train.eval_every or step != train.steps or self.validated_at == step:
+            return False
+        if self.last is not None:
+            return True
+        rows = read_metrics(self.session.folder.metrics) if self.processes.is_main else []
+        return bool(self.processes.broadcast(all(row[STEP] != step or m.VAL_LOSS not in row for row in rows)))
+
     @property
     def exit_code(self) -> int:
-        """After `finish`: 0, or `REQUEUE_EXIT_CODE` if a signal asks for another start and steps are left for it."""
-        return self.session.interrupts.exit_code if self.state.step < self.config.train.steps else 0
+        """After `finish`: 0, or `REQUEUE_EXIT_CODE` if a signal asks for another start and something is left for it."""
+        train = self.config.train
+        left = self.state.step < train.steps or (self.unevaluated and train.save_every > 0)
+        return self.session.interrupts.exit_code if left else 0
 
-    def _summary(self, stopped: bool) -> RunSummary:
+    def _summary(self) -> RunSummary:
         return summarise(
             self.config,
             self.session.folder,
             self.state,
             steps_done=self.state.step - self.first_step,
             seconds=time.monotonic() - self.started,
-            stopped_by=self.session.interrupts.reason if stopped else "",
+            stopped_by=self.session.interrupts.reason,
+            evaluated=self.validated_at == self.state.step,
+            unevaluated=self.unevaluated,
             throughput=self.meter.total(),
             peak=self.peak,
             world_size=self.processes.world_size,

@@ -123,6 +123,15 @@ def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
         )
 
 
+def _refuse_learned_slopes(alibi_slopes: Tensor) -> None:
+    """The kernels have no gradient of the slopes, which would stay None, unseen where q, k and v have theirs."""
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "flash attention has no gradient of alibi_slopes: pass alibi_slopes.detach() if they aren't learned, or "
+            "use standard_attention, which has it"
+        )
+
+
 def _run(
     name: str,
     packed: tuple[Tensor, ...],
@@ -141,6 +150,8 @@ def _run(
     extras = (*(cu_seqlens or (None, None)), alibi_slopes)
     if forward_ad._current_level >= 0:
         _refuse_tangents((*packed, alibi_slopes))
+    if alibi_slopes is not None:
+        _refuse_learned_slopes(alibi_slopes)
     key = call = None
     if not torch.compiler.is_dynamo_compiling():
         scalars = (*(max_seqlens or ()), dropout_p, softmax_scale, causal, *window_size, softcap, deterministic)
@@ -189,13 +200,14 @@ def flash_attn_func(
         dropout_p: probability that a softmax entry is dropped (0 for evaluation).
         softmax_scale: factor on q kᵀ; None: 1 / sqrt(D).
         causal, window_size, softcap, deterministic, return_attn_probs: see the module docstring.
-        alibi_slopes: (H,) or (B, H) float32, or None.
+        alibi_slopes: (H,) or (B, H) float32, or None. They get no gradient, and must not require one.
 
     Returns:
         out (B, Sq, H, D), or (out, softmax_lse (B, H, Sq), S_dmask) with ``return_attn_probs``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names what was given.
+        NotImplementedError: slopes that require a gradient, and forward-mode derivatives.
     """
     return _run(
         "attention",

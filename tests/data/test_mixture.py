@@ -250,9 +250,13 @@ def test_a_mixture_of_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_path_beside_a_mixture(config: DataConfig) -> None:
-    with pytest.raises(DataError, match=r"data\.path=x is not read beside data\.mixture"):
-        prepare(replace(config, path="x"))
+@pytest.mark.parametrize("key", ["path", "subset", "revision", "split", "validation_split", "text_key"])
+def test_a_key_of_one_source_beside_a_mixture(config: DataConfig, key: str) -> None:
+    said = (
+        rf"data\.{key}=x is not read beside data\.mixture: give it to each of its sources \(\{{name: \.\.\., {key}: x"
+    )
+    with pytest.raises(DataError, match=said):
+        prepare(replace(config, **{key: "x"}))  # type: ignore[arg-type]
 
 
 def test_a_source_shorter_than_a_sample(mixed: PreparedData) -> None:

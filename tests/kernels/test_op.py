@@ -139,6 +139,26 @@ def test_forward_mode_derivative_is_refused() -> None:
         torch.func.jvp(lambda x: kernels.flash_attn_func(x, k, v), (q,), (tangent,))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_of_slopes_is_refused(frozen: bool) -> None:
+    """Whether or not q, k and v have one, and the call is known already; where nobody wants it, all is as ever."""
+    q, k, v = leaves(*(random(1, 8, 2, 16, dtype=F32) for _ in range(3)))
+    if frozen:
+        q, k, v = q.detach(), k.detach(), v.detach()
+    slopes = torch.tensor([0.5, 0.25], device=DEVICE)
+    plain = kernels.flash_attn_func(q, k, v, alibi_slopes=slopes)
+    learned = torch.nn.Parameter(slopes)
+    for _ in range(2):  # a call of a fresh geometry, then one that could be known by it
+        with torch.no_grad():
+            assert torch.equal(kernels.flash_attn_func(q, k, v, alibi_slopes=learned), plain)
+        assert torch.equal(kernels.flash_attn_func(q, k, v, alibi_slopes=learned.detach()), plain)
+        for function in (kernels.flash_attn_func, torch.compile(kernels.flash_attn_func, backend="eager")):
+            with pytest.raises(NotImplementedError, match=r"no gradient of alibi_slopes.*detach.*standard_attention"):
+                function(q, k, v, alibi_slopes=learned)
+    kernels.standard_attention(q, k, v, alibi_slopes=learned).sum().backward()
+    assert learned.grad is not None
+
+
 def test_probabilities_without_dropout_are_empty() -> None:
     q = random(1, 8, 1, 16, dtype=F16)
     out, lse, probs = kernels.flash_attn_func(q, q, q, return_attn_probs=True)

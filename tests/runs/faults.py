@@ -219,6 +219,11 @@ def hang() -> None:
     time.sleep(2 * DEADLINE_S)
 
 
+def end() -> None:
+    """As `kill` and most schedulers do."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def ask_for_a_requeue() -> None:
     """As SLURM does before a job's time limit."""
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -307,6 +312,17 @@ def signal_in_evaluation(job: Job, rank: int) -> None:
     trainer.evaluation_batches = batches  # type: ignore[assignment]
 
 
+def signal_in_last_evaluation(job: Job, rank: int) -> None:
+    plain = Trainer.finish
+
+    def finish(self: Trainer) -> None:
+        if rank == job.fault_rank:
+            signal_in_evaluation(job, rank)
+        plain(self)
+
+    Trainer.finish = finish  # type: ignore[method-assign]
+
+
 def signal_in_save(job: Job, rank: int) -> None:
     plain = checkpoint.write_share
 
@@ -378,6 +394,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "hang": after_step(hang),
     "fail": after_step(fail),
     "requeue": after_step(ask_for_a_requeue),
+    "SIGTERM": after_step(end),
     "wandb": after_step(kill_children),
     "wait": wait,
     "die while others wait": die_while_others_wait,
@@ -386,6 +403,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "fail on a stuck device": in_forward(fail_on_a_stuck_device),
     "slow wandb": slow_wandb,
     "signal in evaluation": signal_in_evaluation,
+    "signal in last evaluation": signal_in_last_evaluation,
     "signal in save": signal_in_save,
     "SIGTERM in preparation": signal_in_preparation(signal.SIGTERM),
     "SIGUSR1 in preparation": signal_in_preparation(signal.SIGUSR1),

@@ -284,6 +284,35 @@ def test_a_requeue_is_asked_for_only_where_there_is_something_to_go_on_from(faul
     faults.finish(tmp_path, ranks=2)
 
 
+@pytest.mark.parametrize(("fault", "step"), [("SIGTERM", STEPS), ("requeue", STEPS), ("signal in last evaluation", 0)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_before_the_last_evaluation_leaves_it_to_the_next_start(
+    faults: Faults, tmp_path: Path, fault: str, step: int, ranks: int
+) -> None:
+    """The run is complete and says so; what asks for another start gets one, which evaluates and takes no step."""
+    settings = ("train.eval_every=5", "train.eval_sequences=12")
+    code = REQUEUE_EXIT_CODE if fault == "requeue" else 0
+    faults.start(
+        tmp_path, *settings, ranks=ranks, fault=fault, at_step=step, fault_rank=ranks - 1, codes=[code] * ranks
+    )
+    said = output(tmp_path)
+    assert f"All {STEPS} steps are done; " in said
+    assert "came before the last evaluation" in said
+    assert "Stopped by" not in said
+    assert newest(tmp_path) == STEPS
+    before = rows(tmp_path)
+    assert [row["step"] for row in before if "val/loss" in row] == [5, 10, 15]
+    faults.start(tmp_path, *settings, ranks=ranks, codes=[0] * ranks)
+    assert "now the last evaluation is too" in output(tmp_path)
+    after = rows(tmp_path)
+    assert [row["step"] for row in after if "val/loss" in row] == [5, 10, 15, STEPS]
+    assert after[:-1] == before[:-1]
+    assert after[-1].items() > before[-1].items()
+    faults.start(tmp_path, *settings, ranks=ranks, codes=[0] * ranks)
+    assert "Nothing to do" in output(tmp_path)
+    assert rows(tmp_path) == after
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGUSR1", REQUEUE_EXIT_CODE)])
 def test_signal_while_the_corpus_is_prepared(faults: Faults, tmp_path: Path, name: str, code: int) -> None:
     """The run ends at once, since a preparation takes hours; the next start goes on with it."""

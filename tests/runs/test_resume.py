@@ -12,7 +12,7 @@ from configs.schema import ModelConfig
 from model.flops import flops_per_token
 from tests.data.conftest import make_texts, write_jsonl
 from tests.runs.conftest import Runs, losses, rows
-from training.checkpoint import consolidated_weights, find_checkpoint
+from training.checkpoint import checkpoints, consolidated_weights, find_checkpoint, step_of
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -137,6 +137,22 @@ def test_resume_from_another_run(runs: Runs, tmp_path: Path) -> None:
     assert "is another run, earlier metrics are in" in " ".join(result.stdout.split())
     assert losses(whole) == after, "of the run that was there nothing"
     assert list(losses(whole / "previous" / "1")) == list(range(1, 9))
+
+
+def test_going_back_leaves_the_later_checkpoints_aside(runs: Runs, tmp_path: Path) -> None:
+    """They don't count for `keep_last`: of the steps done anew the newest two are kept, and of the others all."""
+    runs.forked(f"run_dir={tmp_path}", "train.keep_last=0")
+    back = [f"run_dir={tmp_path}", f"resume={tmp_path / 'checkpoints' / 'step_00000003'}", "train.keep_last=2"]
+    result = runs.forked(*back, "train.save_every=1", "train.steps=5", "optim.schedule=constant")
+    assert "step_00000006, step_00000008: not of what this run goes on from" in " ".join(result.stdout.split())
+    assert [step_of(c) for c in checkpoints(tmp_path / "checkpoints")] == [5, 4]
+    assert [step_of(c) for c in checkpoints(tmp_path / "checkpoints" / "abandoned" / "1")] == [8, 6]
+    runs.forked(f"run_dir={tmp_path}", "train.save_every=0", "train.steps=9")
+    assert list(losses(tmp_path)) == list(range(1, 10)), "gone on from step 5"
+    other = runs.forked(f"run_dir={tmp_path}", f"resume={tmp_path / 'checkpoints/abandoned/1'}", "train.steps=9")
+    assert "abandoned/1/step_00000008, 8 steps done" in other.stdout.replace("\n", "")
+    assert [step_of(c) for c in checkpoints(tmp_path / "checkpoints")] == [9]
+    assert [step_of(c) for c in checkpoints(tmp_path / "checkpoints" / "abandoned" / "2")] == [5, 4]
 
 
 def test_longer_samples_go_on_where_the_shorter_ones_were(runs: Runs, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,30 @@ def test_what_is_measured_is_said_first(tmp_path: Path, monkeypatch: pytest.Monk
     bench.run_speed(args, Console(file=screen, width=200), {"gpu": None, "cpu": "", "torch": "", "triton": ""})
     assert len(seen) == 2  # forward, backward
     assert "2 rows in TFLOP/s, each of 1 + 2 calls of sdpa, standard:" in seen[0]
+
+
+def test_an_implementation_that_fails_is_null_in_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no NaN: most readers refuse a file with one. Table and picture are made all the same."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    def measure_cell(cell: bench.Cell, direction: str, *_: object) -> list[bench.Result]:
+        return [
+            bench.result_of("standard", cell, direction, [2.0, 1.0, 3.0], ""),
+            bench.result_of("sdpa", cell, direction, [], "out of memory"),
+        ]
+
+    monkeypatch.setattr(bench, "measure_cell", measure_cell)
+    screen = io.StringIO()
+    args = bench.parse_arguments([*SMALL, "--out", str(tmp_path / "a"), "--warmup", "1", "--repeats", "2"])
+    bench.run_speed(args, Console(file=screen, width=200), {"gpu": None, "cpu": "", "torch": "", "triton": ""})
+    content = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    measured, failed = content["results"][:2]
+    assert (measured["median_ms"], measured["error"]) == (2.0, "")
+    assert measured["tflops"] > 0
+    assert [failed[key] for key in ("median_ms", "low_ms", "high_ms", "tflops", "error")] == [None] * 4 + [
+        "out of memory"
+    ]
+    assert "sdpa out of memory" in screen.getvalue()
+    assert (tmp_path / "a.png").stat().st_size > 0

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from configs.messages import plain
-from configs.schema import Packing, Precision, RunConfig
+from configs.schema import MixtureSource, Packing, Precision, RunConfig, Source
 from tests.training.conftest import equal, make_engine, make_model, masters, run_config, state_of, train
 from training import checkpoint, rng, shards
 from training.backend import DTYPES
@@ -32,6 +32,7 @@ from training.engine import Engine
 from training.optimizer import fp16_scale
 from training.resume import resume
 from training.run import RunFolder
+from training.saver import Saver
 from training.state import TrainState
 
 LAYOUTS: list[tuple[int, dict[str, bool]]] = [
@@ -261,8 +262,8 @@ def test_wandbs_run_stays_with_its_folder(build: Build, tmp_path: Path) -> None:
     loader: Any = None
     terminal: Any = SimpleNamespace(warn=lambda text: None, say=lambda text: None)
     one.config.resume = str(first.path)
-    assert resume(one, one.config, second, corpus, loader, terminal).wandb_id is None
-    assert resume(one, one.config, first, corpus, loader, terminal).wandb_id == "abcd1234"
+    assert resume(one, one.config, second, corpus, loader, terminal).state.wandb_id is None
+    assert resume(one, one.config, first, corpus, loader, terminal).state.wandb_id == "abcd1234"
 
 
 def test_saving_what_is_already_there(build: Build, saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -377,6 +378,59 @@ def test_what_is_kept(build: Build, tmp_path: Path) -> None:
     save(one, tmp_path, 2, keep_last=1)  # steps after it, of another branch, aren't its to delete
     assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(tmp_path)] == [8, 7, 6, 3, 2]
     assert (tmp_path / "latest").read_text() == "step_00000002\n"
+
+
+def full(path: Path, text: str) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_what_a_run_that_goes_back_leaves_behind(build: Build, tmp_path: Path) -> None:
+    """Neither counts for `keep_last` nor is ever gone on from; and a save that fails moves nothing."""
+    one = build()
+    for step in (2, 3, 4, 6):
+        save(one, tmp_path, step)
+    elsewhere = save(one, tmp_path / "other", 3)
+    assert [c.name[-1] for c in checkpoint.left_behind(tmp_path, tmp_path / "step_00000002")] == ["6", "4", "3"]
+    assert checkpoint.left_behind(tmp_path, tmp_path / "step_00000006") == []
+    assert len(checkpoint.left_behind(tmp_path, elsewhere)) == len(checkpoint.left_behind(tmp_path, None)) == 4
+    copied = shutil.copytree(tmp_path / "step_00000003", tmp_path / "best")  # under a name of the user's
+    assert [c.name[-1] for c in checkpoint.left_behind(tmp_path, copied)] == ["6", "4"]
+    behind = checkpoint.left_behind(tmp_path, tmp_path / "step_00000002")
+    saver = Saver(one, tmp_path, tokenizer_hash="abc", keep_last=2, abandoned=behind, asynchronous=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_synced", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            saver.save(TrainState(step=5))
+    assert len(checkpoint.checkpoints(tmp_path)) == 4
+    for step in (5, 7):
+        saver.save(TrainState(step=step))
+        assert [c.name[-1] for c in checkpoint.candidates(tmp_path)] == {5: ["5", "2"], 7: ["7", "5"]}[step]
+    saver.close()
+    assert [c.name[-1] for c in checkpoint.candidates(tmp_path / "abandoned" / "1")] == ["6", "4", "3"]
+    again = checkpoint.left_behind(tmp_path, tmp_path / "step_00000005")
+    taken = checkpoint.snapshot(one, TrainState(step=6), tokenizer_hash="abc")
+    checkpoint.commit(taken, tmp_path, one.processes, abandoned=again)
+    assert [c.name for c in (tmp_path / "abandoned" / "2").iterdir()] == ["step_00000007"]
+
+
+def test_a_kill_while_they_are_moved_leaves_what_was_gone_on_from(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = build()
+    for step in (2, 3, 4):
+        save(one, tmp_path, step)
+
+    def kill(abandoned: list[Path]) -> None:
+        move_aside(abandoned)
+        raise KeyboardInterrupt
+
+    move_aside = checkpoint.move_aside
+    monkeypatch.setattr(checkpoint, "move_aside", kill)
+    taken = checkpoint.snapshot(one, TrainState(step=9), tokenizer_hash="abc")
+    behind = checkpoint.left_behind(tmp_path, tmp_path / "step_00000002")
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.commit(taken, tmp_path, one.processes, keep_last=1, abandoned=behind)
+    assert [c.name for c in checkpoint.candidates(tmp_path)] == ["step_00000002"]
 
 
 # Contents
@@ -529,6 +583,19 @@ def test_a_key_younger_than_the_checkpoint_was_at_its_default() -> None:
     current.data.packing = Packing.best_fit
     (found,) = compare_configs(saved, current)
     assert (found.key, found.saved, found.current, found.matters) == ("data.packing", "concatenate", "best_fit", True)
+
+
+def test_the_source_of_a_mixture_that_an_earlier_version_saved() -> None:
+    """It was the default, which `data=mixture` left as it was; a change of what is mixed is told, or to one source."""
+    current = run_config(1)
+    current.data.source, current.data.mixture = Source.mixture, [MixtureSource("own", 2.0)]
+    saved = plain(current)
+    saved["data"]["source"] = "stdlib"
+    assert compare_configs(saved, current) == []
+    current.data.mixture[0].weight = 3.0
+    assert [d.key for d in compare_configs(saved, current)] == ["data.mixture.own.weight"]
+    assert "data.source" in [d.key for d in compare_configs(run_config(1), current)]
+    assert "data.source" in [d.key for d in compare_configs(current, run_config(1))]
 
 
 def test_every_harmless_key_exists() -> None:

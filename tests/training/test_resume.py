@@ -79,7 +79,7 @@ def go_on(saved: Engine, folder: Path, said: Said, **changes: Any) -> tuple[Trai
     prepared = prepare(config.data)
     loader = loader_of(config, prepared)
     terminal: Any = said
-    return resume(saved, config, RunFolder(folder), prepared, loader, terminal), loader, prepared
+    return resume(saved, config, RunFolder(folder), prepared, loader, terminal).state, loader, prepared
 
 
 def test_unchanged_keys_leave_all_as_it_was(saved: Engine, tmp_path: Path) -> None:
