@@ -146,9 +146,14 @@ class GPT(nn.Module):
             out = block(x, context)
         return out
 
-    def materialise(self, device: torch.device | str, each: Callable[[nn.Module], None] | None = None) -> GPT:
+    def materialise(
+        self,
+        device: torch.device | str,
+        each: Callable[[nn.Module], None] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GPT:
         """Give a model that was built on the meta device memory on `device`, and the initial weights that building it
-        there would have drawn.
+        there would have drawn, rounded to `dtype` (None: in the dtype it was built in).
 
         `each` is called with every module as soon as it has its own weights, before the next one's are drawn: so that
         they can be moved away, and the whole model never is in one place.
@@ -157,6 +162,8 @@ class GPT(nn.Module):
             if module is self.head and self.config.tied_embeddings:
                 self.head.weight = self.embedding.weight
             else:
+                for parameter in module.parameters(recurse=False):  # still on the meta device: this computes nothing
+                    parameter.data = parameter.data.to(dtype or parameter.dtype)
                 module.to_empty(device=device, recurse=False)
             initialise(module)
             if each is not None:

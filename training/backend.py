@@ -218,23 +218,21 @@ def gather_whole_blocks(deepspeed: Any, model: GPT) -> None:
 def shard_while_building(deepspeed: Any, model: GPT, settings: dict[str, Any], dtype: torch.dtype) -> None:
     """Give a model on the meta device its initial weights, those of each module sharded before the next are drawn.
 
-    The same values as built whole and then sharded: drawn in fp32 on the CPU, in the same order, then rounded. But a
-    rank's host memory holds one module instead of 4 bytes a parameter of the model.
+    The same values as built whole and then sharded: drawn on the CPU, in the same order, and rounded. But a rank's
+    host memory holds one module instead of 4 bytes a parameter of the model.
     """
     sharded: list[Any] = []
     deepspeed.init_distributed()  # on the run's process group; `zero.Init` would check batches as if it were alone
 
     def shard(module: nn.Module) -> None:
         own = [parameter for parameter in module.parameters(recurse=False) if not hasattr(parameter, "ds_id")]
-        for parameter in own:
-            parameter.data = parameter.data.to(dtype)
         if own and not sharded:
             deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
         elif own:
             sharded[0].convert_to_zero_parameters(param_list=own)
         sharded.extend(own)
 
-    model.materialise("cpu", shard)
+    model.materialise("cpu", shard, dtype)
 
 
 def deepspeed_config(

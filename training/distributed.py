@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -85,6 +87,12 @@ class Processes:
     def barrier(self) -> None:
         """Return once every rank has come here."""
         self.any(False)
+
+    def cpu_share(self) -> int:
+        """CPUs for this process, at least one: those it may run on, each divided by the ranks of its host that may run
+        on it too. Collective."""
+        own = frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+        return share_of(self.rank, self.gather((socket.gethostname(), own)))
 
     def sequence_group(self, size: int) -> SequenceGroup | None:
         """Divide all ranks into groups of `size` neighbours that share samples; this rank's. None: `size` is 1.
@@ -176,6 +184,13 @@ def detect_launch(environment: Mapping[str, str]) -> Launch | None:
             address=f"tcp://{host}:{port}",
         )
     return None
+
+
+def share_of(rank: int, places: list[tuple[str, frozenset[int]]]) -> int:
+    """CPUs for `rank`; `places`: each rank's host and the CPUs that it may run on (`Processes.cpu_share`)."""
+    host, own = places[rank]
+    users = Counter(cpu for other, cpus in places if other == host for cpu in cpus)
+    return max(1, int(sum(Fraction(1, users[cpu]) for cpu in own)))
 
 
 def start_of(environment: Mapping[str, str]) -> dict[str, str]:

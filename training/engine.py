@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from configs.schema import OptimConfig, Precision, Recompute, RunConfig
+from model.init import host_threads
 from model.sequence import own_part
 from model.weight_gradient import release_sums
 from training.backend import (
@@ -251,7 +252,9 @@ def gradient_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
 def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Processes) -> Engine:
     """Wrap the model for training; its weights move to the device, in the run's precision.
 
-    At ZeRO stage 3 the model may be on the meta device: it gets its initial weights here, a part at a time.
+    The model may be on the meta device: it gets its initial weights here, in the run's precision; at ZeRO stage 3 a
+    part at a time, so that no rank's host memory holds the whole model. Launchers give a rank one thread (torchrun sets
+    OMP_NUM_THREADS=1), which suits steps on a GPU; weights are drawn by its share of the host's CPUs.
 
     Raises `UserError` for a combination of `engine.*` keys that the device or DeepSpeed can't do.
     """
@@ -286,7 +289,11 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     restore = set_local_rank(device.index or 0)
     with quiet():
         if model.embedding.weight.is_meta:
-            shard_while_building(deepspeed, model, settings, DTYPES[precision])
+            with host_threads(processes.cpu_share()):
+                if config.engine.zero_stage == 3:
+                    shard_while_building(deepspeed, model, settings, DTYPES[precision])
+                else:
+                    model.materialise("cpu", dtype=DTYPES[precision])
         wrapped, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optim),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, cast
@@ -147,8 +147,7 @@ class Trainer:
             session.terminal.warn(counted[1])
         self.loader = self._loader()
         rng.seed_all(config.seed)  # the same initial weights on every rank
-        # ZeRO-3 shards the weights as they are drawn, so that no host holds the whole model once a rank.
-        with torch.device("meta") if config.engine.zero_stage == 3 else nullcontext():
+        with torch.device("meta"):  # the engine draws the weights, in its precision and with all CPUs
             model = build_model(self.model_config)
         self.engine = build_engine(model, config, self.plan, processes)
         stack.callback(self.engine.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from configs.errors import UserError
 from configs.schema import Device
 from tests.ranks import on_ranks
 from training import distributed
-from training.distributed import Launch, Processes, detect_launch, first_node, pick_device
+from training.distributed import Launch, Processes, detect_launch, first_node, pick_device, share_of
 
 
 def test_no_launcher() -> None:
@@ -72,6 +73,22 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device(Device.cuda, 0)
 
 
+@pytest.mark.parametrize(
+    ("places", "shares"),
+    [
+        ([("a", range(64))], [64]),
+        ([("a", range(64))] * 4 + [("b", range(64))] * 8, [16] * 4 + [8] * 8),  # torchrun
+        ([("a", range(8)), ("a", range(8, 16)), ("b", range(8))], [8, 8, 8]),  # srun --cpus-per-task=8
+        ([("a", range(8)), ("a", range(4, 8))], [6, 2]),
+        ([("a", range(2))] * 8, [1] * 8),
+        ([("a", range(14))] * 7, [2] * 7),  # sevenths add up to a whole
+    ],
+)
+def test_shares_of_a_hosts_cpus(places: list[tuple[str, range]], shares: list[int]) -> None:
+    sets = [(host, frozenset(cpus)) for host, cpus in places]
+    assert [share_of(rank, sets) for rank in range(len(sets))] == shares
+
+
 def test_alone(processes: Processes) -> None:
     assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
     assert processes.broadcast({"a": 1}) == {"a": 1}
@@ -79,6 +96,7 @@ def test_alone(processes: Processes) -> None:
     assert processes.any(True)
     assert not processes.any(False)
     processes.barrier()
+    assert processes.cpu_share() == len(os.sched_getaffinity(0))
     value = torch.ones(2)
     dist.all_reduce(value)
     assert value.tolist() == [1.0, 1.0]
@@ -97,6 +115,7 @@ def talk() -> dict[str, Any]:
         "any of last": own.any(own.rank == 1),
         "any of none": own.any(False),
         "sum": value.item(),
+        "cpus": own.cpu_share(),
     }
     own.barrier()
     own.close()
@@ -106,4 +125,5 @@ def talk() -> dict[str, Any]:
 
 def test_two_processes() -> None:
     same = {"broadcast": "from 0", "gather": [0, 10], "any of last": True, "any of none": False, "sum": 3.0}
+    same["cpus"] = max(1, len(os.sched_getaffinity(0)) // 2)
     assert on_ranks(2, talk) == [{"rank": 0, "main": True, **same}, {"rank": 1, "main": False, **same}]
