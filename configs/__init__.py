@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import select
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from configs import schema
-from configs.errors import INTERRUPTED_EXIT_CODE, UserError
+from configs.errors import INTERRUPTED_EXIT_CODE, PIPE_EXIT_CODE, UserError
 from configs.interruption import ctrl_c_waits, hear_ctrl_c
 from configs.interruption import end_on_ctrl_c as end_on_ctrl_c
 from configs.messages import config_error, leaf_keys, schema_keys, unknown_key
@@ -158,11 +160,15 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
 
 
 def run_tool(main: Callable[[], int | None], want_traceback: bool = False) -> NoReturn:
-    """Exit with what `main` returns, with the code of a `UserError` after its message, or with 130 after Ctrl-C."""
+    """Exit with what `main` returns, with the code of a `UserError` after its message, or with 130 after Ctrl-C.
+
+    Where the reader of the output has gone (`| head`) that is 141, without a word, as of a tool that SIGPIPE ends.
+    """
     hear_ctrl_c()
     open_missing_streams()
     try:
-        sys.exit(main())
+        with reader_may_go():
+            sys.exit(main())
     except UserError as error:
         if want_traceback:
             raise
@@ -172,6 +178,46 @@ def run_tool(main: Callable[[], int | None], want_traceback: bool = False) -> No
             raise
         print("Interrupted.", file=sys.stderr)  # noqa: T201 - there is no run's terminal here
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+@contextmanager
+def reader_may_go() -> Iterator[None]:
+    """Around what ends with SystemExit: with `PIPE_EXIT_CODE` instead once the reader of standard output has gone.
+
+    `rich` makes a SystemExit of that, and what waits in a buffer Python would complain of only as it ends.
+    """
+    try:
+        try:
+            yield
+        except SystemExit:
+            flush_to_reader()
+            raise
+    except BrokenPipeError:
+        if not reader_has_gone():  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
+        sys.exit(PIPE_EXIT_CODE)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            sys.exit(PIPE_EXIT_CODE)
+        raise
+
+
+def flush_to_reader() -> None:
+    """Write what standard output holds back. Raises BrokenPipeError; a full disk is told of by the interpreter."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        return
+
+
+def reader_has_gone() -> bool:
+    """Whether standard output is a pipe, or a socket, that nobody reads."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)  # errors are always told
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def open_missing_streams() -> None:

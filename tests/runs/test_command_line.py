@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,27 @@ def test_a_run_goes_on_whoever_reads(runs: Runs, tmp_path: Path, shell: str) -> 
     assert "Traceback" not in done.stderr
     assert len(rows(tmp_path / "run")) == 8
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000008"
+
+
+def test_a_tool_whose_reader_has_gone_ends_quietly(finished: tuple[Path, str]) -> None:
+    """With the exit code of one that SIGPIPE ends, whatever it prints by, and nothing else is taken for it."""
+    buffered = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONUNBUFFERED"}
+    tool = "import sys; from configs import run_tool\n"
+    lines = "def main():\n    for line in range({}): print(line)\nrun_tool(main)"
+    other = "def main():\n    raise BrokenPipeError(32, 'of a worker')\nrun_tool(main)"
+    sample = [str(ROOT / "scripts" / "sample.py"), str(finished[0]), "--tokens=2", "--number=2", "--device=cpu"]
+    for arguments, reader, code, said in (
+        (sample, "true", 141, ""),
+        (["-c", tool + lines.format(10)], "true", 141, ""),  # in the buffer until the end
+        (["-c", tool + lines.format(100_000)], "head -1", 141, ""),
+        (["-c", tool + lines.format(10)], "cat", 0, ""),
+        (["-c", tool + other], "cat", 1, "of a worker"),
+    ):
+        command = f"{shlex.join([sys.executable, *arguments])} | {reader}"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, env=buffered,
+                              capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
+        assert done.returncode == code, (arguments, done.stdout, done.stderr)
+        assert said in done.stderr if said else done.stderr == "", (arguments, done.stderr)
 
 
 def test_launchers_agree(runs: Runs, tmp_path: Path) -> None:
