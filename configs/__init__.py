@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from configs import schema
 from configs.errors import INTERRUPTED_EXIT_CODE, PIPE_EXIT_CODE, UserError
-from configs.interruption import ctrl_c_waits, hear_ctrl_c
+from configs.interruption import ctrl_c_waits, hear_ctrl_c, sigterm_waits
 from configs.interruption import end_on_ctrl_c as end_on_ctrl_c
 from configs.messages import config_error, leaf_keys, schema_keys, unknown_key
 
@@ -204,7 +204,7 @@ def reader_may_go() -> Iterator[None]:
 
 
 def flush_to_reader() -> None:
-    """Write what standard output holds back. Raises BrokenPipeError; of a full disk the interpreter tells as it ends."""
+    """Write what standard output holds back. Raises BrokenPipeError; a full disk is told of by the interpreter."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -241,7 +241,8 @@ def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequ
 
     A process of its own, since a job leaves device memory, process groups and compiled code behind. Raises `UserError`
     under a launcher of several processes, whose rendezvous serves one job only. Ctrl-C reaches the job too, which
-    finishes its step and saves; then the sweep ends, with SystemExit.
+    finishes its step and saves; then the sweep ends, with SystemExit. SIGTERM, which reaches the sweep alone, is passed
+    on to the same effect.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--multirun runs under one process; for several, call torchrun once for each setting.")
@@ -249,8 +250,10 @@ def run_sweep_job(config: schema.RunConfig, argv: Sequence[str], overrides: Sequ
     kept = [given for given in overrides if not given.startswith("run_dir=")]
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     command = [sys.executable, argv[0], *kept, override("run_dir", place)]
-    with ctrl_c_waits():
-        return subprocess.run(command, env=environment, check=False).returncode
+    with ctrl_c_waits(), sigterm_waits() as pass_on_to:
+        child = subprocess.Popen(command, env=environment)
+        pass_on_to(child.pid)
+        return child.wait()
 
 
 def sweep_exit_code(codes: Sequence[int]) -> int:

@@ -6,6 +6,8 @@ OUT_OF_MEMORY_EXIT_CODE = 3
 """The GPU's memory does not suffice for the model at this micro-batch."""
 INTERRUPTED_EXIT_CODE = 130
 """Ctrl-C, as shells have it."""
+TERMINATED_EXIT_CODE = 143
+"""SIGTERM, as shells have it."""
 PIPE_EXIT_CODE = 141
 """The reader of what a tool prints has gone: what shells have for SIGPIPE."""
 OUT_OF_MEMORY = "Out of GPU memory"

@@ -1,15 +1,16 @@
-"""Ctrl-C while a program still imports its libraries, for seconds: nothing is under way, so it just ends."""
+"""Ctrl-C while a program still imports its libraries, for seconds: nothing is under way, so it just ends. And signals
+while a child runs."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-from configs.errors import INTERRUPTED_EXIT_CODE
+from configs.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE
 
 
 def end_on_ctrl_c(name: str) -> None:
@@ -43,6 +44,37 @@ def ctrl_c_waits() -> Iterator[None]:
         signal.signal(signal.SIGINT, earlier)
     if pressed:
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+@contextmanager
+def sigterm_waits() -> Iterator[Callable[[int], None]]:
+    """SIGTERM, which a scheduler or `kill` sends to one process, goes to a child, whose process id is to be given as
+    soon as there is one; this process ends after the block, with exit code 143."""
+    earlier = signal.getsignal(signal.SIGTERM)
+    if earlier is signal.SIG_IGN:  # the child is to ignore it as well
+        yield lambda pid: None
+        return
+    received: list[int] = []
+    children: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for child in children:
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(child, number)
+
+    def pass_on_to(pid: int) -> None:
+        children.append(pid)
+        if received:
+            os.kill(pid, received[0])
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield pass_on_to
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    if received:
+        sys.exit(TERMINATED_EXIT_CODE)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -301,7 +301,7 @@ def report_error(error: BaseException, console: Console, log_path: Path | None =
     text = str(error).strip()
     if not isinstance(error, UserError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    lines = text.splitlines()
+    lines = [line for part in (text, *getattr(error, "__notes__", ())) for line in part.splitlines()]
     if rank != 0:
         lines = [f"(rank {rank}) {lines[0]}"]
     elif len(lines) > MAX_ERROR_LINES:

@@ -30,6 +30,8 @@ from training.distributed import Processes
 LOG = logging.getLogger(__name__)
 UPDATES, REDUCTIONS = 0, 1
 """Channels of barriers: those on one stream have one, so that they can't be taken for those on another."""
+BARRIER_ERROR = "unspecified launch failure"
+"""What CUDA calls a barrier that has waited for too long, and other traps in kernels."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _shared: dict[torch.device, int] = {}
 
@@ -84,6 +86,15 @@ class SymmetricPeers(Peers):
 
     def barrier(self, channel: int) -> None:
         self.meeting.barrier(channel=channel, timeout_ms=self.timeout_ms)
+
+
+def explain(error: BaseException, config: EngineConfig, world_size: int) -> None:
+    """Note on an error that may come from a barrier what that means: CUDA says only that a kernel has failed."""
+    if world_size > 1 and config.copy_engines is not Toggle.off and BARRIER_ERROR in str(error):
+        error.add_note(
+            "If no kernel is at fault, another rank has died or hangs: GPUs that wait for one in a barrier give up "
+            f"after engine.timeout_minutes={config.timeout_minutes:g} with this error. See what other ranks said last."
+        )
 
 
 def shared_bytes(device: torch.device) -> int:

@@ -47,6 +47,7 @@ from training.hardware import Peak, device_peak
 from training.logging import STEP, RunLogger, read_metrics, system_info
 from training.memory import outlook
 from training.metrics import FP8_CEILING, Throughput, ThroughputMeter
+from training.peers import explain
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
@@ -112,6 +113,8 @@ class Trainer:
             self.saver.settle()  # what was begun to be saved before the error is sound
         self.logger.finish(0 if error is None else 1)
         self.cleanup.close()
+        if error is not None:
+            explain(error, self.config.engine, self.processes.world_size)
         if isinstance(error, torch.OutOfMemoryError):
             counted = self._outlook()
             raise OutOfMemoryError(

@@ -233,6 +233,11 @@ def fail() -> None:
     raise ValueError("the card has fallen off")
 
 
+def give_up_in_a_barrier() -> None:
+    """As CUDA does once another GPU hasn't come for long."""
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
 def kill_children() -> None:
     """wandb's service is the only one there is."""
     victims = psutil.Process().children(recursive=True)
@@ -393,6 +398,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "die": after_step(die),
     "hang": after_step(hang),
     "fail": after_step(fail),
+    "barrier": after_step(give_up_in_a_barrier),
     "requeue": after_step(ask_for_a_requeue),
     "SIGTERM": after_step(end),
     "wandb": after_step(kill_children),

@@ -163,6 +163,7 @@ def test_a_run_goes_on_whoever_reads(runs: Runs, tmp_path: Path, shell: str) -> 
 
 def test_a_tool_whose_reader_has_gone_ends_quietly(finished: tuple[Path, str]) -> None:
     """With the exit code of one that SIGPIPE ends, whatever it prints by, and nothing else is taken for it."""
+    buffered = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONUNBUFFERED"}
     tool = "import sys; from configs import run_tool\n"
     lines = "def main():\n    for line in range({}): print(line)\nrun_tool(main)"
     other = "def main():\n    raise BrokenPipeError(32, 'of a worker')\nrun_tool(main)"
@@ -175,7 +176,7 @@ def test_a_tool_whose_reader_has_gone_ends_quietly(finished: tuple[Path, str]) -
         (["-c", tool + other], "cat", 1, "of a worker"),
     ):
         command = f"{shlex.join([sys.executable, *arguments])} | {reader}"
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, env=ENVIRONMENT,
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, env=buffered,
                               capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
         assert done.returncode == code, (arguments, done.stdout, done.stderr)
         assert said in done.stderr if said else done.stderr == "", (arguments, done.stderr)

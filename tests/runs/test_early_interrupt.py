@@ -76,7 +76,8 @@ for number in range(2):
     print("job", number, "is over", flush=True)
 """
 JOB = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 parent = os.getppid()
 try:
     print("ready", flush=True)
@@ -99,3 +100,17 @@ def test_ctrl_c_in_a_sweep_lets_the_job_save_and_starts_no_other(tmp_path: Path)
     os.killpg(sweep.pid, signal.SIGINT)
     out, err = sweep.communicate(timeout=60)
     assert (sweep.returncode, out, err) == (130, "saved\n", "")
+
+
+def test_sigterm_of_a_sweep_goes_to_its_job_which_saves_and_is_the_last(tmp_path: Path) -> None:
+    """`kill` and schedulers send it to the sweep alone."""
+    (tmp_path / "job.py").write_text(JOB)
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", SWEEP, str(tmp_path / "runs"), str(tmp_path / "job.py")],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert sweep.stdout is not None
+    assert sweep.stdout.readline() == "ready\n"
+    sweep.terminate()
+    out, err = sweep.communicate(timeout=60)
+    assert (sweep.returncode, out, err) == (143, "saved\n", "")

@@ -215,6 +215,16 @@ def test_saves_that_last_longer_than_steps(faults: Faults, tmp_path: Path) -> No
     assert newest(tmp_path) == STEPS
 
 
+def test_a_barrier_that_gave_up_says_what_that_means(faults: Faults, tmp_path: Path) -> None:
+    outcome = faults.start(tmp_path, ranks=2, fault="barrier", at_step=3)
+    assert outcome.codes[0] == 1
+    said = " ".join(output(tmp_path).split())
+    assert (
+        "RuntimeError: CUDA error: unspecified launch failure If no kernel is at fault, another rank has died" in said
+    )
+    assert "engine.timeout_minutes=2" in said
+
+
 def test_nan_gradient_stops_the_run(faults: Faults, tmp_path: Path) -> None:
     faults.start(tmp_path, fault="nan", at_step=6, codes=[2])
     said = " ".join(output(tmp_path).split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import gc
+import io
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from configs.errors import UserError
-from configs.schema import Device, Precision, Recompute, RunConfig, Toggle
+from configs.schema import Device, EngineConfig, Precision, Recompute, RunConfig, Toggle
 from tests.peers import FilePeers
 from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_engine, run_config, train
@@ -23,11 +25,12 @@ from tests.training.test_reduction import MICRO_BATCHES, SHAPES, gradient, joine
 from tests.training.test_stage3_compile import keep_nothing, measured
 from training import checkpoint, distributed, engine, metrics, peers
 from training.backend import should_be_lean
+from training.console import report_error
 from training.distributed import Processes
 from training.gathers import PeerGathers
 from training.lean_zero import LeanStage2, LeanStage3
 from training.mean_kernel import BLOCK, CPU_BLOCK, add_mean_, launch
-from training.peers import REDUCTIONS, UPDATES, Peers, find_peers
+from training.peers import REDUCTIONS, UPDATES, Peers, explain, find_peers
 from training.reduction import PeerSums, in_rows
 from training.state import TrainState
 
@@ -262,3 +265,22 @@ def test_shared_memory_counts_while_it_is_held(monkeypatch: pytest.MonkeyPatch) 
     del owner
     gc.collect()
     assert peers.shared_bytes(device) == 0
+
+
+def test_a_barrier_that_gave_up_is_explained_beside_the_error(tmp_path: Path) -> None:
+    """CUDA's words stay first; where no GPU waits for another, nothing is added."""
+    said = "CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"
+
+    def told(text: str, world_size: int = 2, copy_engines: Toggle = Toggle.auto) -> str:
+        error = RuntimeError(text)
+        explain(error, EngineConfig(copy_engines=copy_engines, timeout_minutes=5), world_size)
+        screen = io.StringIO()
+        assert report_error(error, Console(file=screen, width=400), tmp_path / "run.log") == 1
+        return screen.getvalue()
+
+    whole = told(said)
+    assert whole.startswith("error: RuntimeError: CUDA error: unspecified launch failure")
+    assert "another rank has died or hangs" in whole
+    assert "engine.timeout_minutes=5" in whole
+    for other in (told(said, world_size=1), told(said, copy_engines=Toggle.off), told("CUDA error: out of luck")):
+        assert "another rank" not in other
