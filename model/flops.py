@@ -56,6 +56,12 @@ class ParameterCounts:
     """Whether head and token table are one matrix."""
 
     @property
+    def vectors(self) -> int:
+        """Those of norms and biases."""
+        tables = (0 if self.tied else self.embedding) + self.padding + self.position
+        return self.total - self.matmul - tables
+
+    @property
     def megatron(self) -> int:
         """N of 6·N + 12·L·E·S: all weights but positions and padding, the vocabulary's matrix counted once."""
         return self.total - self.position - self.padding - (0 if self.tied else self.embedding)

@@ -186,7 +186,8 @@ class GPT(nn.Module):
         self.sequence = group
 
     def bind_sums(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
-        """Have gradients added to `sums`, fp32 tensors of the parameters' shapes (see `model.weight_gradient`).
+        """Have gradients added to `sums`, tensors of the parameters' shapes (see `model.weight_gradient`), among them
+        those of all biases.
 
         The biases of the layers that write into the residual stream are summed by the norms that follow, where these
         run as our kernel, and no dropout stands between.
@@ -204,6 +205,10 @@ class GPT(nn.Module):
             block.mlp_norm.shift_sum, block.attention.proj.bias_sum = block.attention.proj.bias_sum, None
             shift, block.mlp.down.bias_sum = block.mlp.down.bias_sum, None
         self.norm.shift_sum = shift
+
+    def block_matrices(self) -> list[list[nn.Parameter]]:
+        """Of each block, the weights of its linear layers, in the same order."""
+        return [[m.weight for m in block.modules() if isinstance(m, Linear)] for block in self.blocks]
 
     def compile_blocks(self) -> None:
         """Compile each block by itself: equal blocks share one compilation, and the names of parameters stay.

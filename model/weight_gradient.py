@@ -13,6 +13,9 @@ added whole; here the rows alone are added to the buffer.
 `bind_sums` gives each of these layers its part of the buffer (a matrix shared by embedding and head to both). Autograd
 then gets no gradient for their weights, so that nothing is left to widen or add.
 
+Where ranks read each other's gradients (`training.direct`), a linear layer gets a place in the weights' dtype instead:
+each micro-batch's product is written there, rounded as autograd's, and not added.
+
 The buffers are plain tensors on the modules, neither parameters nor registered buffers: checkpoints and `.to()` don't
 see them, and `torch.compile` takes them as inputs of a block's graph, so that equal blocks share one compilation.
 
@@ -52,16 +55,36 @@ def _add_weight_gradient_flops(total: torch.Size, d_out: torch.Size, x: torch.Si
     return 2 * d_out.numel() * x[-1]
 
 
+@torch.library.custom_op("flashtrain::write_weight_gradient_", mutates_args=("place",))
+def write_weight_gradient_(place: Tensor, d_out: Tensor, x: Tensor) -> None:
+    """place (O, I) <- d_out^T (O, T) · x (T, I), all of one dtype."""
+    torch.mm(d_out.t(), x, out=place)
+
+
+@write_weight_gradient_.register_fake
+def _write_weight_gradient_fake(place: Tensor, d_out: Tensor, x: Tensor) -> None:
+    return None
+
+
+@register_flop_formula(torch.ops.flashtrain.write_weight_gradient_)  # type: ignore[untyped-decorator]
+def _write_weight_gradient_flops(place: torch.Size, d_out: torch.Size, x: torch.Size, **_: Any) -> int:
+    return 2 * d_out.numel() * x[-1]
+
+
 def add_linear_gradients(weight_sum: Tensor, bias_sum: Tensor | None, d_out: Tensor, x: Tensor) -> None:
-    """Add a linear layer's gradients to weight_sum (O, I) and bias_sum (O,), fp32; d_out (T, O), x (T, I)."""
-    torch.ops.flashtrain.add_weight_gradient_(weight_sum, d_out, x)
+    """Add a linear layer's gradients to weight_sum (O, I) and bias_sum (O,), fp32; d_out (T, O), x (T, I). A weight_sum
+    in half precision is no sum: the gradient takes the place of what it holds."""
+    if weight_sum.dtype is torch.float32:
+        torch.ops.flashtrain.add_weight_gradient_(weight_sum, d_out, x)
+    else:
+        torch.ops.flashtrain.write_weight_gradient_(weight_sum, d_out, x)
     if bias_sum is not None:
         bias_sum.add_(d_out.sum(0, dtype=bias_sum.dtype))
 
 
 class _SummedLinear(torch.autograd.Function):
     """x (..., I), weight (O, I), bias (O,) to (..., O); the gradients of weight and bias go to `weight_sum` (O, I) and
-    `bias_sum` (O,), fp32, and not to autograd."""
+    `bias_sum` (O,), as `add_linear_gradients` does it, and not to autograd."""
 
     @staticmethod
     def forward(
@@ -117,7 +140,8 @@ def summed_embedding(tokens: Tensor, weight: Tensor, weight_sum: Tensor) -> Tens
 
 class SumsGradients:
     """Mixin of the modules that can: `weight_sum` and `bias_sum` are where, None while autograd does it. With a
-    `weight_sum` and no `bias_sum` another module sums the bias's gradient."""
+    `weight_sum` and no `bias_sum` another module sums the bias's gradient. fp32, but for a linear layer's `weight_sum`
+    in the weight's dtype, where each micro-batch's gradient takes the place of the last one's."""
 
     weight: nn.Parameter
     weight_sum: Tensor | None = None
@@ -128,7 +152,8 @@ class SumsGradients:
 
 
 def bind_sums(model: nn.Module, sums: Mapping[nn.Parameter, Tensor]) -> None:
-    """Let each layer of `model` that can add its gradients to `sums`, fp32 tensors of the parameters' shapes.
+    """Let each layer of `model` that can add its gradients to `sums`, tensors of the parameters' shapes: all fp32, or a
+    linear layer's weight in its own dtype (`SumsGradients`). Layers whose parameters have none leave it to autograd.
 
     `.data` gives each part a version counter of its own. The parts are views of one flat buffer, whose common counter
     would tell the backward of one layer that another's addition had spoiled a saved tensor.
@@ -136,8 +161,9 @@ def bind_sums(model: nn.Module, sums: Mapping[nn.Parameter, Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, SumsGradients):
             bias = getattr(module, "bias", None)
-            module.weight_sum = sums[module.weight].data
-            module.bias_sum = None if bias is None else sums[bias].data
+            weight_sum, bias_sum = sums.get(module.weight), None if bias is None else sums.get(bias)
+            module.weight_sum = None if weight_sum is None else weight_sum.data
+            module.bias_sum = None if bias_sum is None else bias_sum.data
 
 
 def release_sums(model: nn.Module) -> None:

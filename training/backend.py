@@ -148,23 +148,40 @@ def should_be_lean(config: EngineConfig) -> bool:
     return possible and toggles.get(config.zero_stage, Toggle.off) is not Toggle.off
 
 
-def should_fuse_weight_gradients(config: EngineConfig, precision: Precision, world_size: int) -> bool:
-    """Whether layers add weight gradients to the optimizer's sums themselves. Raises `UserError` for `on` where not.
+def should_sum_in_products(config: EngineConfig, precision: Precision, world_size: int) -> bool:
+    """Whether products add weight gradients to the optimizer's fp32 sums over micro-batches."""
+    return config.fuse_weight_gradients is not Toggle.off and _can_sum_in_products(config, precision, world_size)
 
-    Stages 2 and 3 on several ranks reduce each gradient while the backward pass goes on, and fp16 is to notice what
-    overflows in fp16.
-    """
+
+def _can_sum_in_products(config: EngineConfig, precision: Precision, world_size: int) -> bool:
+    """Stages 2 and 3 on several ranks reduce each gradient while the backward pass goes on, and fp16 is to notice what
+    overflows in fp16."""
     whole = config.zero_stage < 2 or (world_size == 1 and should_be_lean(config))
-    possible = precision is Precision.bf16 and whole and config.fp32_accumulation and not config.offload_optimizer
+    return precision is Precision.bf16 and whole and config.fp32_accumulation and not config.offload_optimizer
+
+
+def should_fuse_weight_gradients(config: EngineConfig, precision: Precision, world_size: int, with_peers: bool) -> bool:
+    """Whether layers bring weight gradients to where they are summed themselves. Raises `UserError` for `on` where they
+    can't. `with_peers`: whether ranks read each other's memory (`engine.copy_engines`), or may turn out to.
+    """
+    direct = config.zero_stage == 2 and with_peers and precision is Precision.bf16 and should_be_lean(config)
+    possible = direct or _can_sum_in_products(config, precision, world_size)
     if config.fuse_weight_gradients is Toggle.on and not possible:
         raise UserError(
             "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0, 1, or on one rank 2 "
-            "with engine.lean_zero2 or 3 with engine.lean_zero3, engine.fp32_accumulation=true and "
-            "engine.offload_optimizer=false, given "
-            f"{precision.value}, {config.zero_stage}, {str(config.fp32_accumulation).lower()} and "
-            f"{str(config.offload_optimizer).lower()} on {world_size}; or use engine.fuse_weight_gradients=auto or off"
+            "with engine.lean_zero2 or 3 with engine.lean_zero3, or on several 2 with engine.lean_zero2 and "
+            "engine.copy_engines, engine.fp32_accumulation=true and engine.offload_optimizer=false, given "
+            f"{precision.value}, {config.zero_stage}{'' if with_peers else ' without engine.copy_engines'}, "
+            f"{str(config.fp32_accumulation).lower()} and {str(config.offload_optimizer).lower()} on {world_size}; or "
+            "use engine.fuse_weight_gradients=auto or off"
         )
     return possible and config.fuse_weight_gradients is not Toggle.off
+
+
+def may_have_peers(config: EngineConfig, precision: Precision, device: torch.device, world_size: int) -> bool:
+    """Whether ranks may turn out to read each other's memory (`training.peers.find_peers`)."""
+    asked = should_be_lean(config) and config.copy_engines is not Toggle.off
+    return asked and world_size > 1 and precision is not Precision.fp32 and device.type == "cuda"
 
 
 def should_fuse_step(optim: OptimConfig, engine: EngineConfig, precision: Precision, device: torch.device) -> bool:

@@ -263,9 +263,9 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     check_engine(config.engine, precision, device)
     check_fp8(config.engine, config.model, precision, device)
     lean = should_be_lean(config.engine)
-    fuse = should_fuse_weight_gradients(config.engine, precision, processes.world_size)
     one_kernel = should_fuse_step(config.optim, config.engine, precision, device)
     peers = find_peers(config.engine, precision, processes, lean)
+    fuse = should_fuse_weight_gradients(config.engine, precision, processes.world_size, peers is not None)
     model.set_recompute(config.engine.recompute is Recompute.block)
     model.set_fp8(config.engine.fp8)
     model.set_sequence_group(processes.sequence_group(config.engine.sequence_parallel_size))
@@ -304,7 +304,14 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
     dist.distributed_c10d._set_pg_timeout(processes.timeout, wrapped.seq_data_parallel_group)
     names = {parameter: name for name, parameter in model.named_parameters()}
     partition = partition_of(
-        wrapped.optimizer, names, processes.rank, processes.world_size, lean=lean, one_kernel=one_kernel, peers=peers
+        wrapped.optimizer,
+        names,
+        processes.rank,
+        processes.world_size,
+        lean=lean,
+        one_kernel=one_kernel,
+        peers=peers,
+        matrices=model.block_matrices() if fuse else (),
     )
     sums = partition.sums()
     if fuse and sums:

@@ -31,7 +31,7 @@ from model.dimensions import Dimensions, resolve_dimensions
 from model.fp8 import backward_operands, forward_operands, peak_of, product
 from model.layers import alibi_slopes
 from model.weight_gradient import add_weight_gradient_
-from training.backend import DTYPES, should_fuse_weight_gradients
+from training.backend import DTYPES, should_sum_in_products
 from training.waterfall.names import Category
 from training.waterfall.report import Report, Setting
 
@@ -101,7 +101,7 @@ def products(setting: Setting, shapes: list[tuple[int, int]], tokens: int, devic
     """A call of the twelve products of a block on random data, weight gradients made as the run makes them, operands of
     fp8 products cast before."""
     dtype = DTYPES[setting.precision]
-    fused = should_fuse_weight_gradients(setting.config.engine, setting.precision, setting.world_size)
+    fused = should_sum_in_products(setting.config.engine, setting.precision, setting.world_size)
     recipe = setting.config.engine.fp8
     operands = [
         (

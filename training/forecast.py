@@ -13,7 +13,8 @@ all ranks is a reduce-scatter and a gather, so twice the bytes):
     stage 3    g·N·A, and 2·e·N·A  blocks gathered ahead in both passes, reduced beside the backward pass
 
 each times (W-1)/W. Where GPUs of one host read each other's memory (`engine.copy_engines`), stages 2 and 3 bring
-gradients in the weights' dtype: e·N·A in place of g·N·A. Sequence parallelism of P ranks exchanges, a layer and token
+gradients in the weights' dtype: e·N·A in place of g·N·A; at stage 2 in bf16 those of norms and biases in fp32, once a
+step (`engine.fuse_weight_gradients`). Sequence parallelism of P ranks exchanges, a layer and token
 of a rank, (2·H + 2·max(K, P))·D elements forward and as many backward, times (P-1)/P, and attention waits for each.
 
 In a ring each byte is passed on at the slowest link's rate: the one inside a node as long as all ranks are in it, else
@@ -116,14 +117,17 @@ class Forecast:
 
 def traffic(job: Job) -> Traffic:
     """Bytes of a step, by the table above."""
-    count = parameter_counts(job.model).total
+    counts = parameter_counts(job.model)
+    count = counts.total
     ring = (job.world_size - 1) / job.world_size
     repeats = job.accumulation_steps
-    gradients = _rounds(job) * _summed_bytes(job) * (repeats if job.engine.zero_stage >= 2 else 1)
+    gradients = count * _rounds(job) * _summed_bytes(job) * (repeats if job.engine.zero_stage >= 2 else 1)
+    if _sums_vectors(job):
+        gradients += counts.vectors * (4 - _summed_bytes(job) * repeats)
     weights = {0: 0, 1: 1, 2: 1, 3: 2 * repeats}[job.engine.zero_stage] * job.element_bytes
     tokens = repeats * job.micro_batch_tokens
     heads = exchanged_bytes(job.model, job.engine, job.element_bytes, tokens)
-    return Traffic(ring * count * gradients, ring * count * weights, heads)
+    return Traffic(ring * gradients, ring * count * weights, heads)
 
 
 def copies(engine: EngineConfig, element_bytes: int, world_size: int, node_size: int) -> bool:
@@ -135,6 +139,13 @@ def copies(engine: EngineConfig, element_bytes: int, world_size: int, node_size:
 def _summed_bytes(job: Job) -> int:
     """Of an element of a gradient as it travels."""
     return 4 if job.engine.fp32_accumulation and not job.copied else job.element_bytes
+
+
+def _sums_vectors(job: Job) -> bool:
+    """Whether each rank sums the gradients of norms and biases over micro-batches (`training.direct`)."""
+    engine = job.engine
+    in_bf16 = engine.precision is not Precision.fp16 and job.element_bytes == 2
+    return job.copied and engine.zero_stage == 2 and in_bf16 and engine.fuse_weight_gradients is not Toggle.off
 
 
 def _rounds(job: Job) -> int:

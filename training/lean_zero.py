@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from training.direct import DirectSums
 from training.gathers import PeerGathers
 from training.optimizer import ReplicatedAdamW, update_flat
 from training.peers import Peers
@@ -45,6 +46,8 @@ class Lean(Partition):
         self.peers = peers
         self.factor: float | Tensor = 1.0
         """The next step multiplies gradients by this; a tensor only with `one_kernel`."""
+        self.matrices: Sequence[Sequence[nn.Parameter]] = ()
+        """Of each block, those whose gradients go where the peers read them (`DirectSums`)."""
         self.alone = dist.get_world_size(wrapper.dp_process_group) == 1
         self.flats: list[Tensor] = []
         """The sums of each group's gradients, laid out as its masters."""
@@ -60,6 +63,9 @@ class Lean(Partition):
         group, bucket_size = self.wrapper.dp_process_group, self.wrapper.reduce_bucket_size
         if self.peers is None:
             self.reduction = ShardedSums(shards, group, bucket_size, stream)
+        elif self.matrices:
+            is_last = self.wrapper.is_gradient_accumulation_boundary
+            self.reduction = DirectSums(shards, group, bucket_size, stream, self.peers, self.matrices, is_last)
         else:
             self.reduction = PeerSums(shards, group, bucket_size, stream, self.peers)
         for hook in self.wrapper._grad_acc_hooks:
@@ -72,7 +78,9 @@ class Lean(Partition):
         return self.flats
 
     def sums(self) -> dict[nn.Parameter, Tensor]:
-        """On one rank: elsewhere no rank has all of a parameter's gradient."""
+        """On one rank: elsewhere no rank has all of a parameter's gradient, but for `DirectSums`."""
+        if isinstance(self.reduction, DirectSums):
+            return self.reduction.places
         if not self.alone:
             return {}
         return {parameter: shard.view(self.shape(parameter)) for parameter, shard in self.reduction.shards.items()}
@@ -119,9 +127,16 @@ class LeanStage2(Lean):
     """
 
     def __init__(
-        self, wrapper: Any, adamw: AdamW, names: Mapping[nn.Parameter, str], one_kernel: bool, peers: Peers | None
+        self,
+        wrapper: Any,
+        adamw: AdamW,
+        names: Mapping[nn.Parameter, str],
+        one_kernel: bool,
+        peers: Peers | None,
+        matrices: Sequence[Sequence[nn.Parameter]] = (),
     ) -> None:
         super().__init__(wrapper, adamw, names, one_kernel, peers)
+        self.matrices = matrices
         self.rank = dist.get_rank(wrapper.dp_process_group)
         ranks = dist.get_world_size(wrapper.dp_process_group)
         self.members: list[list[nn.Parameter]] = wrapper.bit16_groups
@@ -145,7 +160,7 @@ class LeanStage2(Lean):
         needed = (
             "bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "dp_process_group",
             "reduction_stream", "overlap_comm", "reduce_bucket_size", "_grad_acc_hooks",
-            "overlapping_partition_gradients_reduce_epilogue", "_optimizer_step",
+            "overlapping_partition_gradients_reduce_epilogue", "_optimizer_step", "is_gradient_accumulation_boundary",
         )  # fmt: skip
         return all(hasattr(wrapper, name) for name in needed) and all(
             [p.data_ptr() for p in members]
@@ -328,12 +343,13 @@ def partition_of(
     one_kernel: bool = False,
     lean: bool = False,
     peers: Peers | None = None,
+    matrices: Sequence[Sequence[nn.Parameter]] = (),
 ) -> Partition:
     """The interface to DeepSpeed's optimizer `wrapper`. Raises `TypeError` for one that we don't know.
 
     `lean`: `engine.lean_zero2` or `lean_zero3`, resolved, with `one_kernel` that way's step; DeepSpeed's own way all
     the same, with a warning, if its wrapper isn't the one that we know. `peers`: for our way, the ranks that read each
-    other's memory.
+    other's memory. `matrices`: of each block, those whose gradients at stage 2 are written where peers read them.
     """
     if isinstance(wrapper, ReplicatedAdamW):
         return Replicated(wrapper, names, rank, world_size)
@@ -342,9 +358,12 @@ def partition_of(
     if kind is None:
         raise TypeError(f"DeepSpeed chose {type(wrapper).__name__}; known: {', '.join(kinds)}")
     if lean and kind in (Stage12, Stage3):
-        stage, leaner = (2, LeanStage2) if kind is Stage12 else (3, LeanStage3)
-        if leaner.knows(wrapper):
-            return leaner(wrapper, wrapper.optimizer, names, one_kernel, peers)
+        arguments = (wrapper, wrapper.optimizer, names, one_kernel, peers)
+        if kind is Stage12 and LeanStage2.knows(wrapper):
+            return LeanStage2(*arguments, matrices)
+        if kind is Stage3 and LeanStage3.knows(wrapper):
+            return LeanStage3(*arguments)
+        stage = 2 if kind is Stage12 else 3
         LOG.warning(
             f"engine.lean_zero{stage}: made for DeepSpeed 0.19.8, whose ZeRO-{stage} is laid out otherwise than this "
             "one's; off"

@@ -12,7 +12,7 @@ last. Gradients wait for their bucket to be full; parameters larger than one are
 stream of its own, the next fills; nothing here waits for the device.
 
 `PeerSums` reads the rows of other ranks from their memory, where they are as the products made them: half the bytes of
-fp32 and none of NCCL's kernels (`training.peers`).
+fp32 and none of NCCL's kernels (`training.peers`). `training.direct` has products write there.
 
 W ranks.
 """
@@ -20,7 +20,7 @@ W ranks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,19 +101,28 @@ class ShardedSums:
         self.buckets.reverse()
         whole = self.fill(bucket)
         sums = [shard for _, shard in self.pending]
-        self.forget()
+        self.pending.clear()
+        self.waiting = 0
+        self.launch(bucket, lambda: self.send(bucket, whole, sums))
+
+    def launch(self, bucket: Bucket, send: Callable[[], None]) -> None:
+        """`send` what is in the bucket by now, on the stream where buckets travel."""
         if self.stream is None:
-            self.send(bucket, whole, sums)
+            send()
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.send(bucket, whole, sums)
+            send()
             bucket.reduced = self.stream.record_event()
+
+    def await_room(self, bucket: Bucket) -> None:
+        """Keep what is launched from now on behind the bucket's reduction: it may be filled again."""
+        if bucket.reduced is not None:
+            torch.cuda.current_stream().wait_event(bucket.reduced)
 
     def fill(self, bucket: Bucket) -> Tensor:
         """The waiting gradients side by side in the bucket, (W, waiting)."""
-        if bucket.reduced is not None:
-            torch.cuda.current_stream().wait_event(bucket.reduced)
+        self.await_room(bucket)
         whole = bucket.memory[: self.world_size * self.waiting].view(self.world_size, self.waiting)
         places = whole.split([part.shape[1] for part, _ in self.pending], dim=1)
         for place, (part, _) in zip(places, self.pending, strict=True):
@@ -131,6 +140,10 @@ class ShardedSums:
     def finish(self, *_: Any) -> None:
         """Send what is left of a backward pass. What is launched after this finds the sums complete."""
         self.reduce()
+        self.await_all()
+
+    def await_all(self) -> None:
+        """Keep what is launched from now on behind all reductions."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
 
@@ -163,16 +176,25 @@ class PeerSums(ShardedSums):
 
     def send(self, bucket: Bucket, whole: Tensor, sums: list[Tensor]) -> None:
         rank, waiting = self.peers.rank, whole.shape[1]
-        self.peers.barrier(REDUCTIONS)  # all ranks have filled theirs
-        for other in self.peers.others():
-            row = bucket.peers[other].narrow(0, rank * waiting, waiting)
-            self.arrived[other - (other > rank), :waiting].copy_(row, non_blocking=True)
-        self.peers.barrier(REDUCTIONS)  # all ranks have read this one
+        self.bring(bucket, [(rank * waiting, waiting)], self.arrived)
         begin = 0
         for shard in sums:
             end = begin + shard.numel()
             add_mean_(shard, whole[rank, begin:end], self.arrived[:, begin:end], rank)
             begin = end
+
+    def bring(self, bucket: Bucket, parts: Sequence[tuple[int, int]], arrived: Tensor) -> None:
+        """Copy parts of the other ranks' buckets side by side to `arrived`, (W - 1, n). `parts`: where each begins in a
+        bucket, and its elements."""
+        rank = self.peers.rank
+        self.peers.barrier(REDUCTIONS)  # all ranks have filled theirs
+        for other in self.peers.others():
+            offset = 0
+            for begin, size in parts:
+                row = bucket.peers[other].narrow(0, begin, size)
+                arrived[other - (other > rank), offset : offset + size].copy_(row, non_blocking=True)
+                offset += size
+        self.peers.barrier(REDUCTIONS)  # all ranks have read this one
 
 
 def in_rows(gradient: Tensor, world_size: int) -> Tensor:

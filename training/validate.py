@@ -19,6 +19,7 @@ from training.backend import (
     DTYPES,
     check_engine,
     check_fp8,
+    may_have_peers,
     resolve_precision,
     should_be_lean,
     should_fuse_step,
@@ -188,7 +189,9 @@ def _toggles(config: RunConfig, precision: Precision, device: torch.device, worl
     """What is `on` and can't be."""
     questions: tuple[Callable[[], object], ...] = (
         lambda: should_be_lean(config.engine),
-        lambda: should_fuse_weight_gradients(config.engine, precision, world_size),
+        lambda: should_fuse_weight_gradients(
+            config.engine, precision, world_size, may_have_peers(config.engine, precision, device, world_size)
+        ),
         lambda: should_fuse_step(config.optim, config.engine, precision, device),
     )
     said: dict[str, None] = {}  # the later ask the first too

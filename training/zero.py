@@ -67,7 +67,7 @@ class Partition(ABC):
 
     def sums(self) -> dict[nn.Parameter, Tensor]:
         """Where each parameter's gradients are added up over micro-batches on this rank, in the parameter's shape; live
-        views. Empty if the wrapper has no such place."""
+        views. In the weights' dtype, where each micro-batch's is written. Empty if the wrapper has no such place."""
         return {}
 
     @abstractmethod

@@ -120,6 +120,7 @@ def test_total_is_what_the_model_stores(options: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = build_model(config)
     assert parameter_counts(config).total == sum(p.numel() for p in model.parameters())
+    assert parameter_counts(config).vectors == sum(p.numel() for p in model.parameters() if p.dim() == 1)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -26,9 +26,18 @@ def test_bytes_by_stage(stage: int, per_weight: int) -> None:
     assert traffic(job(stage, world_size=1)).total == 0
 
 
-@pytest.mark.parametrize(("stage", "per_weight"), [(2, 3 * 2 + 2), (3, 3 * 2 + 3 * 2 * 2)])
-def test_bytes_where_gpus_read_each_others_memory(stage: int, per_weight: int) -> None:
-    assert traffic(replace(job(stage), copied=True)).total == pytest.approx(COUNT * per_weight * 3 / 4)
+@pytest.mark.parametrize(
+    ("stage", "fuse", "per_weight", "per_vector"),
+    [
+        (2, Toggle.auto, 3 * 2 + 2, 4 + 2),  # norms and biases: in fp32, once
+        (2, Toggle.off, 3 * 2 + 2, 3 * 2 + 2),
+        (3, Toggle.auto, 3 * 2 + 3 * 2 * 2, 3 * 2 + 3 * 2 * 2),
+    ],
+)
+def test_bytes_where_gpus_read_each_others_memory(stage: int, fuse: Toggle, per_weight: int, per_vector: int) -> None:
+    vectors = 4 * (4 * 64 + 64 * (1 + 4 + 1) + 12 * 8) + 2 * 64  # norms; biases of projection, MLP and qkv; last norm
+    expected = ((COUNT - vectors) * per_weight + vectors * per_vector) * 3 / 4
+    assert traffic(replace(job(stage, fuse_weight_gradients=fuse), copied=True)).total == expected
 
 
 def test_where_gpus_read_each_others_memory() -> None:

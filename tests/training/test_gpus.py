@@ -14,6 +14,7 @@ from configs.schema import Device, Precision, Recompute, Toggle
 from tests.ranks import on_ranks
 from tests.training.conftest import make_batch, make_engine, run_config
 from training import distributed, rng
+from training.direct import DirectSums
 from training.distributed import Processes
 from training.lean_zero import Lean
 from training.peers import SymmetricPeers
@@ -50,6 +51,7 @@ def steps(own: Processes, precision: Precision, stage: int, sequence: int, copy_
         with_peers = copy_engines is Toggle.auto and precision is Precision.bf16
         assert isinstance(one.partition, Lean)
         assert isinstance(one.partition.peers, SymmetricPeers) is with_peers
+        assert isinstance(one.partition.reduction, DirectSums) is (with_peers and stage == 2)
     for step in range(STEPS):
         batch: Any = make_batch(step, config, rank, takers)
         for micro in batch.micro_batches:
@@ -92,6 +94,7 @@ def slow_steps(device: Device, stage: int, copy_engines: Toggle, waits: bool) ->
     rng.make_deterministic()
     config = run_config(stage, accumulation=1, compile=Toggle.off, bucket_size=500_000, copy_engines=copy_engines)
     config.model.width, config.engine.precision = 512, Precision.bf16  # above 100,000 elements, which stay gathered
+    config.model.num_layers = 5  # whose gradients take turns in two buckets at stage 2
     one = make_engine(config, own)
     forward = one.forward
 

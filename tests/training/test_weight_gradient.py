@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.schema import Device, Precision, Recompute, RunConfig, Toggle
 from model.init import Embedding, Linear
 from model.loss import Head
-from model.weight_gradient import add_weight_gradient_
+from model.weight_gradient import add_weight_gradient_, write_weight_gradient_
 from tests.ranks import on_ranks
 from tests.training.conftest import Build, Reference, make_batch, make_engine, make_model, run_config, train
 from training import distributed
@@ -245,6 +245,16 @@ def test_operator() -> None:
         torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_operator_that_writes() -> None:
+    """Its declarations hold; and whatever its place held is the product then, as autograd rounds it."""
+    for dtype in (torch.bfloat16, torch.float32):
+        d_out, x = torch.randn(24, 8).to(dtype), torch.randn(24, 16).to(dtype)
+        place = torch.full((8, 16), torch.nan, dtype=dtype)
+        torch.library.opcheck(write_weight_gradient_, (torch.zeros_like(place), d_out, x))
+        write_weight_gradient_(place, d_out, x)
+        assert torch.equal(place, d_out.t() @ x)
+
+
 def reduced_sums() -> dict[int, Any]:
     """On one of the ranks: the loss, the norm and the reduced sums of a step, at each stage; of each sum the elements
     that this rank has, and the first one's place."""
@@ -380,6 +390,7 @@ def test_operators_of_compiled_blocks_write_one_tensor_at_most() -> None:
             schema = getattr(torch.ops.flashtrain, name.partition("::")[2]).default._schema
             writes[name] = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     assert writes["flashtrain::add_weight_gradient_"] == ["total"]
+    assert writes["flashtrain::write_weight_gradient_"] == ["place"]
     assert writes["flashtrain::add_norm_backward"] == []
     del writes["flashtrain::adamw_step_"]  # called between steps, never compiled
     assert {name for name, written in writes.items() if len(written) > 1} == set()

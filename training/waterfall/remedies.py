@@ -14,7 +14,7 @@ import torch
 
 from configs.schema import Attention, Precision, Recompute, Toggle
 from model.norm_kernel import MAX_WIDTH
-from training.backend import should_fuse_step, should_fuse_weight_gradients
+from training.backend import should_fuse_step, should_sum_in_products
 from training.hardware import table_tflops
 from training.waterfall.names import Category
 from training.waterfall.report import Remedy, Report
@@ -149,7 +149,7 @@ def accumulation(report: Report) -> Iterator[Remedy]:
     """Weight gradients added in passes of their own."""
     setting, engine = report.setting, report.setting.config.engine
     auto = replace(engine, fuse_weight_gradients=Toggle.auto)
-    possible = should_fuse_weight_gradients(auto, setting.precision, setting.world_size)
+    possible = should_sum_in_products(auto, setting.precision, setting.world_size)
     if possible and engine.fuse_weight_gradients is Toggle.off:
         text = "sum weight gradients inside their products: engine.fuse_weight_gradients=auto (now off)"
         yield Remedy(report.time_of(Category.accumulation), ("engine.fuse_weight_gradients",), text)

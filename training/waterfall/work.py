@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from configs.schema import Activation, EngineConfig, Fp8, ModelConfig, Precision
 from model.dimensions import resolve_dimensions
 from model.flops import FlopsPerToken, flops_per_token, parameter_counts
-from training.backend import should_fuse_weight_gradients
+from training.backend import should_sum_in_products
 from training.forecast import exchanged_bytes
 from training.waterfall.names import Category
 
@@ -61,7 +61,7 @@ def work_of(
     }
     element = ELEMENT_BYTES[precision]
     least = {kind: float(tokens * element * count) for kind, count in _activation_elements(model).items()}
-    fused = should_fuse_weight_gradients(engine, precision, world_size)
+    fused = should_sum_in_products(engine, precision, world_size)
     least |= _weight_bytes(model, engine, element, accumulation, world_size, fused)
     if engine.fp8 is not Fp8.none:
         least[Category.casts] = _cast_bytes(model, element, tokens, accumulation)
