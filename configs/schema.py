@@ -381,8 +381,9 @@ class EngineConfig:
     fuse_weight_gradients: Toggle = Toggle.auto
     """Add weight gradients to the fp32 sums over micro-batches inside the products that make them, unrounded. auto: in
     bf16 at stages 0 and 1, on one rank also at 2 with lean_zero2 and 3 with lean_zero3; with fp32_accumulation and
-    without offload. On several ranks at stage 2 with copy_engines: write them, rounded, where the other ranks read
-    them, and sum those of norms and biases in fp32. off: round them to bf16, copy them and add them apart."""
+    without offload. on: also on several ranks at stage 2 with copy_engines, where products write them, rounded, where
+    the other ranks read them, and those of norms and biases are summed in fp32. off: round them to bf16, copy them and
+    add them apart."""
     lean_zero2: Toggle = Toggle.auto
     """At stage 2, sum gradients and step by our own code instead of DeepSpeed's, which copies more and on several ranks
     sends twice the bytes: each gradient to all. auto: with fp32_accumulation and without offload. off: DeepSpeed's."""

@@ -165,8 +165,8 @@ def should_fuse_weight_gradients(config: EngineConfig, precision: Precision, wor
     can't. `with_peers`: whether ranks read each other's memory (`engine.copy_engines`), or may turn out to.
     """
     direct = config.zero_stage == 2 and with_peers and precision is Precision.bf16 and should_be_lean(config)
-    possible = direct or _can_sum_in_products(config, precision, world_size)
-    if config.fuse_weight_gradients is Toggle.on and not possible:
+    summed = _can_sum_in_products(config, precision, world_size)
+    if config.fuse_weight_gradients is Toggle.on and not (direct or summed):
         raise UserError(
             "engine.fuse_weight_gradients=on: needs engine.precision=bf16, engine.zero_stage=0, 1, or on one rank 2 "
             "with engine.lean_zero2 or 3 with engine.lean_zero3, or on several 2 with engine.lean_zero2 and "
@@ -175,7 +175,9 @@ def should_fuse_weight_gradients(config: EngineConfig, precision: Precision, wor
             f"{str(config.fp32_accumulation).lower()} and {str(config.offload_optimizer).lower()} on {world_size}; or "
             "use engine.fuse_weight_gradients=auto or off"
         )
-    return possible and config.fuse_weight_gradients is not Toggle.off
+    if direct and not summed:
+        return config.fuse_weight_gradients is Toggle.on  # not measured yet: docs/mfu_log.md
+    return summed and config.fuse_weight_gradients is not Toggle.off
 
 
 def may_have_peers(config: EngineConfig, precision: Precision, device: torch.device, world_size: int) -> bool:

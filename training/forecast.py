@@ -13,8 +13,8 @@ all ranks is a reduce-scatter and a gather, so twice the bytes):
     stage 3    g·N·A, and 2·e·N·A  blocks gathered ahead in both passes, reduced beside the backward pass
 
 each times (W-1)/W. Where GPUs of one host read each other's memory (`engine.copy_engines`), stages 2 and 3 bring
-gradients in the weights' dtype: e·N·A in place of g·N·A; at stage 2 in bf16 those of norms and biases in fp32, once a
-step (`engine.fuse_weight_gradients`). Sequence parallelism of P ranks exchanges, a layer and token
+gradients in the weights' dtype: e·N·A in place of g·N·A; at stage 2 in bf16 with `engine.fuse_weight_gradients=on`
+those of norms and biases in fp32, once a step. Sequence parallelism of P ranks exchanges, a layer and token
 of a rank, (2·H + 2·max(K, P))·D elements forward and as many backward, times (P-1)/P, and attention waits for each.
 
 In a ring each byte is passed on at the slowest link's rate: the one inside a node as long as all ranks are in it, else
@@ -145,7 +145,7 @@ def _sums_vectors(job: Job) -> bool:
     """Whether each rank sums the gradients of norms and biases over micro-batches (`training.direct`)."""
     engine = job.engine
     in_bf16 = engine.precision is not Precision.fp16 and job.element_bytes == 2
-    return job.copied and engine.zero_stage == 2 and in_bf16 and engine.fuse_weight_gradients is not Toggle.off
+    return job.copied and engine.zero_stage == 2 and in_bf16 and engine.fuse_weight_gradients is Toggle.on
 
 
 def _rounds(job: Job) -> int:

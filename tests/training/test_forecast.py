@@ -29,8 +29,8 @@ def test_bytes_by_stage(stage: int, per_weight: int) -> None:
 @pytest.mark.parametrize(
     ("stage", "fuse", "per_weight", "per_vector"),
     [
-        (2, Toggle.auto, 3 * 2 + 2, 4 + 2),  # norms and biases: in fp32, once
-        (2, Toggle.off, 3 * 2 + 2, 3 * 2 + 2),
+        (2, Toggle.on, 3 * 2 + 2, 4 + 2),  # norms and biases: in fp32, once
+        (2, Toggle.auto, 3 * 2 + 2, 3 * 2 + 2),
         (3, Toggle.auto, 3 * 2 + 3 * 2 * 2, 3 * 2 + 3 * 2 * 2),
     ],
 )

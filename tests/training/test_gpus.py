@@ -24,18 +24,20 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 STEPS = 3
+AUTO = Toggle.auto
 PRECISIONS = {Precision.fp32: 1e-5, Precision.bf16: 2e-3}
 """Precision → how far losses may be from one rank's: by the order of fp32 sums, and in bf16 by its rounding, 2^-9 of a
 value. Gradient norms: ten times as far."""
-Case = tuple[Precision, int, int, Toggle]
-"""Precision, stage, ranks that share each sample, `engine.copy_engines`."""
-CASES: list[Case] = [(Precision.bf16, stage, sequence, Toggle.auto) for stage in (0, 1, 2, 3) for sequence in (1, 2)]
-CASES += [(Precision.bf16, stage, 1, Toggle.off) for stage in (2, 3)]
-CASES += [(Precision.fp32, stage, 1, Toggle.auto) for stage in (1, 2, 3)] + [(Precision.fp32, 3, 2, Toggle.auto)]
+Case = tuple[Precision, int, int, Toggle, Toggle]
+"""Precision, stage, ranks that share each sample, `engine.copy_engines`, `engine.fuse_weight_gradients`."""
+CASES: list[Case] = [(Precision.bf16, stage, sequence, AUTO, AUTO) for stage in (0, 1, 2, 3) for sequence in (1, 2)]
+CASES += [(Precision.bf16, stage, 1, Toggle.off, AUTO) for stage in (2, 3)]
+CASES += [(Precision.bf16, 2, sequence, AUTO, Toggle.on) for sequence in (1, 2)]
+CASES += [(Precision.fp32, stage, 1, AUTO, AUTO) for stage in (1, 2, 3)] + [(Precision.fp32, 3, 2, AUTO, AUTO)]
 Steps = list[tuple[float, float]]
 
 
-def steps(own: Processes, precision: Precision, stage: int, sequence: int, copy_engines: Toggle) -> Steps:
+def steps(own: Processes, precision: Precision, stage: int, sequence: int, copy_engines: Toggle, fuse: Toggle) -> Steps:
     """Losses and gradient norms of compiled and recomputed blocks.
 
     `sequence` ranks share each sample, unless this one is alone.
@@ -44,14 +46,14 @@ def steps(own: Processes, precision: Precision, stage: int, sequence: int, copy_
     takers, rank = own.world_size // share, own.rank // share
     config = run_config(stage, accumulation=2, micro=4 // takers, compile=Toggle.on, sequence_parallel_size=share)
     config.engine.precision, config.engine.recompute = precision, Recompute.block
-    config.engine.copy_engines = copy_engines
+    config.engine.copy_engines, config.engine.fuse_weight_gradients = copy_engines, fuse
     torch._dynamo.reset()
     one, found = make_engine(config, own), []
     if own.world_size > 1 and stage > 1:  # where they can be: else this tests less than it says
         with_peers = copy_engines is Toggle.auto and precision is Precision.bf16
         assert isinstance(one.partition, Lean)
         assert isinstance(one.partition.peers, SymmetricPeers) is with_peers
-        assert isinstance(one.partition.reduction, DirectSums) is (with_peers and stage == 2)
+        assert isinstance(one.partition.reduction, DirectSums) is (with_peers and stage == 2 and fuse is Toggle.on)
     for step in range(STEPS):
         batch: Any = make_batch(step, config, rank, takers)
         for micro in batch.micro_batches:
@@ -79,7 +81,7 @@ def found() -> dict[int, list[Steps]]:
         return {ranks: job.result()[0] for ranks, job in jobs.items()}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-zero{case[1]}-{case[2]}-{case[3]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-zero{case[1]}-{case[2]}-{case[3]}-{case[4]}")
 def test_two_ranks_train_as_one(found: dict[int, list[Steps]], case: Case) -> None:
     tolerance, index = PRECISIONS[case[0]], CASES.index(case)
     for (loss, norm), (expected_loss, expected_norm) in zip(found[2][index], found[1][index], strict=True):
@@ -87,14 +89,17 @@ def test_two_ranks_train_as_one(found: dict[int, list[Steps]], case: Case) -> No
         assert norm == pytest.approx(expected_norm, rel=10 * tolerance)
 
 
-def slow_steps(device: Device, stage: int, copy_engines: Toggle, waits: bool) -> tuple[list[float], list[np.ndarray]]:
+def slow_steps(
+    device: Device, stage: int, copy_engines: Toggle, fuse: Toggle, waits: bool
+) -> tuple[list[float], list[np.ndarray]]:
     """Losses and masters where matrices are gathered, in several messages, and the device is far behind the host, which
     `waits` for it after each step or never."""
     own = distributed.init(device, timeout_minutes=5)
     rng.make_deterministic()
     config = run_config(stage, accumulation=1, compile=Toggle.off, bucket_size=500_000, copy_engines=copy_engines)
     config.model.width, config.engine.precision = 512, Precision.bf16  # above 100,000 elements, which stay gathered
-    config.model.num_layers = 5  # whose gradients take turns in two buckets at stage 2
+    config.model.num_layers = 5  # whose gradients take turns in two buckets with `fuse`
+    config.engine.fuse_weight_gradients = fuse
     one = make_engine(config, own)
     forward = one.forward
 
@@ -118,13 +123,15 @@ def slow_steps(device: Device, stage: int, copy_engines: Toggle, waits: bool) ->
     return losses, masters
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("copy_engines", [Toggle.on, Toggle.off])
-def test_gathers_wait_for_the_update(stage: int, copy_engines: Toggle) -> None:
+@pytest.mark.parametrize(
+    ("stage", "copy_engines", "fuse"),
+    [(stage, way, AUTO) for way in (Toggle.on, Toggle.off) for stage in (2, 3)] + [(2, Toggle.on, Toggle.on)],
+)
+def test_gathers_wait_for_the_update(stage: int, copy_engines: Toggle, fuse: Toggle) -> None:
     """Parameters are gathered on a stream of their own: never before the update that they are to show. At stage 2 they
     arrive where gradients are reduced, on another one: never before those are read, or after new ones have come. By
     copy engines, from other GPUs: never before these have written, or while they write."""
-    late, soon = (on_ranks(2, slow_steps, Device.cuda, stage, copy_engines, waits) for waits in (False, True))
+    late, soon = (on_ranks(2, slow_steps, Device.cuda, stage, copy_engines, fuse, waits) for waits in (False, True))
     for (losses, masters), (expected, expected_masters) in zip(late, soon, strict=True):
         assert losses == expected
         assert all(np.array_equal(a, b) for a, b in zip(masters, expected_masters, strict=True))
