@@ -92,7 +92,8 @@ def backward_preprocess(
         rows = (start + m).to(tl.int64)
         o_rows = out + b64 * stride_ob + h64 * stride_oh + rows[:, None] * stride_os
         do_rows = dout + b64 * stride_db + h64 * stride_dh + rows[:, None] * stride_ds
-        COLUMNS: tl.constexpr = 128 if D > 128 else D  # what the registers hold
+        PIECE: tl.constexpr = 64 if D == 192 else D  # columns: a tensor has powers of two for its sizes
+        COLUMNS: tl.constexpr = 128 if PIECE > 128 else PIECE  # what the registers hold
         total = tl.zeros((BLOCK,), tl.float32)
         for d0 in tl.static_range(0, D, COLUMNS):
             d = d0 + tl.arange(0, COLUMNS)
@@ -109,7 +110,6 @@ def backward_preprocess(
         tl.store(delta + place, total)
         first = row.to(tl.int64) * padded + column + m0
         if turns is None:
-            PIECE: tl.constexpr = 64 if D == 192 else D  # columns: a tensor has powers of two for its sizes
             for d0 in tl.static_range(0, D, PIECE):
                 zero = tl.zeros((BLOCK * PIECE,), tl.float32)
                 tl.store(sums + first * D + BLOCK * d0 + tl.arange(0, BLOCK * PIECE), zero)

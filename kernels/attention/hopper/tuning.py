@@ -264,7 +264,7 @@ _PIECES = WideBackwardTile(q_stages=2, do_stages=2, dq_columns=64, dq_stages=3, 
 BACKWARD_CANDIDATES: dict[int, dict[str, WideBackwardTile]] = {
     192: {
         "pieces": _PIECES,
-        "ds_registers": replace(_PIECES, ds_registers=True, keys_regs=192, queries_regs=120),
+        "ds_registers": replace(_PIECES, ds_registers=True, keys_regs=200, queries_regs=112),
     },
 }
 """As FORWARD_CANDIDATES, for the backward, at padded head dims that BACKWARD need not have: the head dims that a
