@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.hopper import gluon_backward, gluon_backward_wide, gluon_forward, rings, tiles
+from kernels.attention.hopper import gluon_backward, gluon_backward_wide, gluon_forward, pieces, rings, tiles
 
 HANG_S = 60.0
 WARP_THREADS = 32
@@ -443,7 +443,7 @@ class EmulatedKernel:
     """Stands for a compiled kernel, ``kernel[grid](**arguments)``, which uses device functions of ``libraries``."""
 
     def __init__(self, module: Any, name: str, *libraries: Any) -> None:
-        self.module, self.name, self.libraries = module, name, (rings, tiles, *libraries)
+        self.module, self.name, self.libraries = module, name, (rings, tiles, pieces, *libraries)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path[:0] = sys.argv[1:2]  # before anything imports triton
@@ -20,6 +21,7 @@ from torch import Tensor  # noqa: E402
 import kernels  # noqa: E402
 from kernels.attention import hopper, op, relaunch  # noqa: E402
 from kernels.attention.dispatch import AttnExtras, AttnParams  # noqa: E402
+from kernels.attention.hopper import tuning  # noqa: E402
 from kernels.fake_cuda import FakeCuda, activate, install, parameter_sizes  # noqa: E402
 
 BF16 = torch.bfloat16
@@ -66,16 +68,26 @@ def two_pieces() -> list[Tensor]:
     return [*given, *(kernels.flash_attn_func(*order, causal=True) for order in (given, given[::-1]))]
 
 
+def two_pieces_backward() -> list[Tensor]:
+    """As the forward's; dK and dV too have two descriptors."""
+    with mock.patch.dict(tuning.BACKWARD, {192: tuning.BACKWARD_CANDIDATES[192]["pieces"]}):
+        given = tensors(1, 130, 2, 160)
+        out = kernels.flash_attn_func(*given, causal=True)
+        out.backward(torch.zeros_like(out))
+    return [*given, out]
+
+
 CASES: dict[str, Callable[[], list[Tensor]]] = {
     "dense": lambda: dense(causal=True),
     "window, deterministic": lambda: dense(window_size=(50, 0), deterministic=True),
     "one tensor": one_tensor_thrice,
     "two pieces": two_pieces,
+    "two pieces, backward": two_pieces_backward,
     "packed": packed,
     "varlen": varlen,
     "portable": lambda: dense(causal=True, softcap=20.0),
 }
-CHAINED = ("dense", "window, deterministic", "one tensor", "packed")
+CHAINED = ("dense", "window, deterministic", "one tensor", "two pieces, backward", "packed")
 """Cases whose backward starts all its kernels on addresses alone: dense, by the Hopper path."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention import hopper
 from kernels.attention.dispatch import AttnExtras, AttnParams, Problem
-from kernels.attention.hopper import gluon_forward, launch, tuning
+from kernels.attention.hopper import launch, pieces, tuning
 from tests.kernels import hopper_emulator
 
 NEEDS_INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="the small kernels are interpreted on a CPU")
@@ -283,7 +283,7 @@ def test_rings_of_two_pieces(right: int, emulated: None, monkeypatch: pytest.Mon
 def test_a_piece_left_out_is_seen(wrong: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both pieces read from the first column, and a wait that leaves a piece of S under way."""
     if wrong == "columns":
-        monkeypatch.setattr(gluon_forward, "PIECE", type(gluon_forward.PIECE)(0))
+        monkeypatch.setattr(pieces, "PIECE", type(pieces.PIECE)(0))
     else:
         wait = hopper_emulator.Products.wait
         monkeypatch.setattr(hopper_emulator.Products, "wait", lambda self, n, deps: wait(self, n + (n == 2), deps))
@@ -298,11 +298,11 @@ def test_padded_head_dims_and_their_pieces() -> None:
     ):  # fmt: skip
         assert tuning.padded_head_dim(head_dim, tuning.FORWARD) == forward
         assert tuning.padded_head_dim(head_dim, tuning.BACKWARD) == backward
-    assert tuning.FORWARD_PIECES.keys() == tuning.FORWARD.keys()
-    for width, pieces in tuning.FORWARD_PIECES.items():
-        assert sum(pieces) == width
-        assert all(columns & (columns - 1) == 0 for columns in pieces)
-        assert len(pieces) == 1 or pieces[0] == gluon_forward.PIECE.value
+    assert tuning.PIECES.keys() == tuning.FORWARD.keys()
+    for width, widths in tuning.PIECES.items():
+        assert sum(widths) == width
+        assert all(columns & (columns - 1) == 0 for columns in widths)
+        assert len(widths) == 1 or widths[0] == pieces.PIECE.value
 
 
 @NEEDS_INTERPRETER
@@ -398,10 +398,15 @@ def test_backward_rings(stages: tuple[int, int], emulated: None, monkeypatch: py
 
 
 @NEEDS_INTERPRETER
+@pytest.mark.parametrize("head_dim", [192, 256])
 @pytest.mark.parametrize("tile", [(2, 2, 32, 2), (1, 1, 64, 1), (2, 1, 64, 3), (3, 2, 32, 3)], ids=str)
-def test_wide_backward_rings(tile: tuple[int, int, int, int], emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every depth of the rings and both sizes of dQ's pieces give the same bits."""
-    case = Case(((300, 140),), heads=4, heads_k=2, right=0, head_dim=256)
+def test_wide_backward_rings(
+    tile: tuple[int, int, int, int], head_dim: int, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every depth of the rings, both sizes of dQ's pieces and dS in registers give the same bits."""
+    case = Case(((300, 140),), heads=4, heads_k=2, right=0, head_dim=head_dim)
+    if head_dim == 192:
+        monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192]["pieces"])
     q, k, v, dout, params, extras = inputs(case)
     out, lse = hopper.forward(q, k, v, params, extras, {})
 
@@ -412,9 +417,40 @@ def test_wide_backward_rings(tile: tuple[int, int, int, int], emulated: None, mo
 
     want = gradients()
     for lookahead in (False, True) if tile[0] > 1 else (False,):
-        monkeypatch.setitem(tuning.BACKWARD, 256, tuning.WideBackwardTile(*tile, lookahead))
+        changed = tuning.WideBackwardTile(*tile, lookahead, ds_registers=lookahead)
+        monkeypatch.setitem(tuning.BACKWARD, head_dim, changed)
         for a, b in zip(gradients(), want, strict=True):
             assert torch.equal(a, b)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("name", tuning.BACKWARD_CANDIDATES[192])
+@pytest.mark.parametrize("case", [case for case in CASES if 128 < case.head_dim <= 192], ids=str)
+def test_backward_in_two_pieces(case: Case, name: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192][name])
+    test_emulated_kernels_match_the_formula(case, emulated, monkeypatch)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("wrong", ["columns", "waits"])
+def test_a_piece_left_out_of_the_backward_is_seen(wrong: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the forward, in all three gradients; of the waits, those that leave the last piece under way."""
+    q, k, v, dout, params, extras = inputs(Case(((150, 100),), head_dim=192))
+    out, lse = hopper.forward(q, k, v, params, extras, {})
+    monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192]["pieces"])
+    want, got = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
+    hopper.backward(dout, q, k, v, out, lse, None, *want, params, extras, {})
+    if wrong == "columns":
+        monkeypatch.setattr(pieces, "PIECE", type(pieces.PIECE)(0))
+    else:
+        wait = hopper_emulator.Products.wait
+        monkeypatch.setattr(hopper_emulator.Products, "wait", lambda self, n, deps: wait(self, n + 1, deps))
+    try:
+        hopper.backward(dout, q, k, v, out, lse, None, *got, params, extras, {})
+    except RuntimeError as error:
+        assert "overwritten while a product read it" in str(error)  # noqa: PT017 - one of two ways to be seen
+    else:
+        assert not any(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def fixed_order_case(case: Case) -> Callable[[], tuple[Tensor, ...]]:
@@ -509,7 +545,7 @@ def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.
     out, lse = hopper.forward(q, k, v, params, extras, {})
     plain, stored = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
     for first_stores, grads in ((False, plain), (True, None)):
-        for width in (64, 256):
+        for width in set(tuning.BACKWARD) - {128}:
             monkeypatch.setitem(tuning.BACKWARD, width, replace(tuning.BACKWARD[width], first_stores=first_stores))
         if grads is not None:
             hopper.backward(dout, q, k, v, out, lse, None, *grads, params, extras, {})
@@ -522,6 +558,16 @@ def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.
         for rows, keys, _ in sequences(case, extras):
             for a, b, i in zip(stored, plain, (rows, keys, keys), strict=True):
                 torch.testing.assert_close(a[i], b[i], atol=0.02, rtol=0.02)
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("name", tuning.BACKWARD_CANDIDATES[192])
+@pytest.mark.parametrize("case", [case for case in FIXED_ORDER if 128 < case.head_dim <= 192], ids=str)
+def test_fixed_order_of_two_pieces(case: Case, name: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192][name])
+    test_first_key_block_stores(case, emulated, monkeypatch)
+    monkeypatch.setattr(hopper_emulator, "resident", 1)
+    test_deterministic_sums_in_ascending_order(case, emulated, monkeypatch)
 
 
 @NEEDS_INTERPRETER
@@ -548,6 +594,8 @@ def test_impossible_wide_tiles_are_refused() -> None:
         tuning.WideBackwardTile(1, 2, 32, 2, lookahead=True)
     with pytest.raises(ValueError, match="dq_columns"):
         tuning.WideBackwardTile(2, 2, 128, 1)
+    with pytest.raises(ValueError, match="in eights"):
+        tuning.WideBackwardTile(2, 2, 32, 2, queries_regs=100)
 
 
 @pytest.mark.parametrize(

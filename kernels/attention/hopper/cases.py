@@ -47,14 +47,21 @@ def _integers(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
+def _pieces(width: int, ones: list[int], dtype: str, rows: Mapping[str, int]) -> dict[str, str]:
+    """Tensor -> rows of a block, to types of its descriptors: {name}_desc, and _tail where the head dim has two
+    pieces."""
+    return {
+        f"{name}_{part}": _tile([*ones, count, columns], dtype)
+        for part, columns in zip(("desc", "tail"), tuning.PIECES[width], strict=False)
+        for name, count in rows.items()
+    }
+
+
 def forward_source(width: int, tile: tuning.ForwardTile, dtype: str, mask: str, varlen: bool) -> ASTSource:
     """The forward kernel in one configuration."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
-    types: dict[str, str] = {}
-    for part, columns in zip(("desc", "tail"), tuning.FORWARD_PIECES[width], strict=False):
-        rows, keys = (_tile([*ones, n, columns], dtype) for n in (64, tile.block_n))
-        types |= {f"q_{part}": rows, f"k_{part}": keys, f"v_{part}": keys, f"o_{part}": rows}
+    types = _pieces(width, ones, dtype, {"q": 64, "k": tile.block_n, "v": tile.block_n, "o": 64})
     types |= {"lse_ptr": "*fp32", "sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "scale_log2": "fp32"}
     types |= _integers("wl", "wr", "num_m", "num_tiles", "section", "Sq", "Sk", "num_heads", "group", "batch_heads")
     types |= _integers("lse_stride_b", "lse_stride_h")
@@ -91,10 +98,11 @@ def backward_source(
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
     block_m, block_n = tile.queries, tile.block_n
-    rows, keys = (_tile([*ones, n, width], dtype) for n in (tuning.SCRATCH_TILE, block_n))
+    queries = tuning.SCRATCH_TILE
     plain = gl.NVMMASharedLayout(0, 32, 2)
     statistics = _tile([1, tuning.SCRATCH_TILE], "fp32", plain)
-    types = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "do_desc": rows, "dk_desc": keys, "dv_desc": keys}
+    rows = {"q": queries, "do": queries, "k": block_n, "v": block_n, "dk": block_n, "dv": block_n}
+    types = _pieces(width, ones, dtype, rows)
     sums = _tile([tile.sum_rows(width), 256], "fp32", plain)
     types |= {"lse_desc": statistics, "delta_desc": statistics, "dq_desc": sums}
     types |= {"sched": "*i32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32", "scale_log2": "fp32"}
@@ -117,8 +125,11 @@ def backward_source(
     absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
         {} if order != "free" else {"turns": None}
     )
-    kernel = backward_wide_kernel if isinstance(tile, tuning.WideBackwardTile) else backward_kernel
-    return source(kernel, types, constants | absent)
+    if not isinstance(tile, tuning.WideBackwardTile):
+        return source(backward_kernel, types, constants | absent)
+    if "q_tail" not in types:
+        absent |= dict.fromkeys(f"{name}_tail" for name in rows)
+    return source(backward_wide_kernel, types, constants | absent)
 
 
 def elementwise_source(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> ASTSource:
@@ -143,36 +154,56 @@ def compile_cases() -> list[CompileCase]:
         mask = "causal" if right else "full"
         cases.append(_forward_case("forward_long", width, tuning.FORWARD_LONG[width], dtype, mask, varlen))
     for width, backward_tile in tuning.BACKWARD.items():
-        num_warps = backward_tile.num_warps
-        for dtype, mask, varlen in _combinations():
-            name = f"hopper.backward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
-            make = _bind(backward_source, width, backward_tile, dtype, mask, varlen)
-            cases.append(CompileCase(name, make, num_warps, quick=_quick(width, mask, varlen, dtype)))
-            for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
-                make = _bind(backward_source, width, backward_tile, dtype, mask, varlen, order)
-                cases.append(CompileCase(name.replace("backward", f"backward_{order}"), make, num_warps))
-    small: dict[str, tuple[Any, dict[str, Any], int]] = {
-        "list_tiles": (list_tiles, {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}, 4),
-    }
-    for width, suffix in ((128, ""), (256, "[d256]")):
-        main = tuning.BACKWARD[width]
-        common = {"D": width, "HEAD_DIM": width, "BLOCK_M": main.queries, "VARLEN": True, "PDL": False}
-        before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": main.column_warpgroups}
-        small[f"preprocess{suffix}"] = (backward_preprocess, common | before, main.preprocess_warps)
-        small[f"postprocess{suffix}"] = (backward_postprocess, common | after, main.postprocess_warps)
-    for name, (kernel, constants, num_warps) in small.items():
-        cases.append(CompileCase(f"hopper.{name}", _bind(elementwise_source, kernel, "bf16", constants), num_warps))
+        cases += _backward_cases("", width, backward_tile)
+    constants = {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}
+    cases.append(CompileCase("hopper.list_tiles", _bind(elementwise_source, list_tiles, "bf16", constants), 4))
+    for width in (128, 256):
+        cases += _small_cases(width, tuning.BACKWARD[width])
     return cases
 
 
 def candidate_cases() -> list[CompileCase]:
-    """FORWARD_CANDIDATES in every combination, also those for which they are not chosen: ``scripts/compile_check.py
-    --provider kernels.attention.hopper.cases:candidate_cases`` (they have no budget)."""
-    return [
+    """FORWARD_CANDIDATES and BACKWARD_CANDIDATES in every combination, also those for which they are not chosen:
+    ``scripts/compile_check.py --provider kernels.attention.hopper.cases:candidate_cases`` (they have no budget)."""
+    cases = [
         _forward_case(f"forward_{name}", width, tile, dtype, mask, varlen)
         for width, tiles in tuning.FORWARD_CANDIDATES.items()
         for name, tile in tiles.items()
         for dtype, mask, varlen in _combinations()
+    ]
+    for width, backward_tiles in tuning.BACKWARD_CANDIDATES.items():
+        for name, backward_tile in backward_tiles.items():
+            cases += _backward_cases(f"_{name}", width, backward_tile)
+        cases += _small_cases(width, next(iter(backward_tiles.values())))
+    return cases
+
+
+def _backward_cases(suffix: str, width: int, tile: tuning.BackwardTile | tuning.WideBackwardTile) -> list[CompileCase]:
+    """The backward kernel in every combination, and with bf16 in each order of dQ's sums."""
+    cases = []
+    for dtype, mask, varlen in _combinations():
+        name = f"hopper.backward{suffix}[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
+        make = _bind(backward_source, width, tile, dtype, mask, varlen)
+        quick = not suffix and _quick(width, mask, varlen, dtype)
+        cases.append(CompileCase(name, make, tile.num_warps, quick=quick))
+        for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
+            make = _bind(backward_source, width, tile, dtype, mask, varlen, order)
+            cases.append(CompileCase(name.replace("[", f"_{order}[", 1), make, tile.num_warps))
+    return cases
+
+
+def _small_cases(width: int, tile: tuning.BackwardTile | tuning.WideBackwardTile) -> list[CompileCase]:
+    """The kernels before and after the backward's."""
+    common = {"D": width, "HEAD_DIM": width, "BLOCK_M": tile.queries, "VARLEN": True, "PDL": False}
+    before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": tile.column_warpgroups}
+    suffix = "" if width == 128 else f"[d{width}]"
+    small: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "preprocess": (backward_preprocess, common | before, tile.preprocess_warps),
+        "postprocess": (backward_postprocess, common | after, tile.postprocess_warps),
+    }
+    return [
+        CompileCase(f"hopper.{name}{suffix}", _bind(elementwise_source, kernel, "bf16", constants), num_warps)
+        for name, (kernel, constants, num_warps) in small.items()
     ]
 
 

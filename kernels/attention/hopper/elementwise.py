@@ -92,7 +92,8 @@ def backward_preprocess(
         rows = (start + m).to(tl.int64)
         o_rows = out + b64 * stride_ob + h64 * stride_oh + rows[:, None] * stride_os
         do_rows = dout + b64 * stride_db + h64 * stride_dh + rows[:, None] * stride_ds
-        COLUMNS: tl.constexpr = 128 if D > 128 else D  # what the registers hold
+        PIECE: tl.constexpr = 64 if D == 192 else D  # columns: a tensor has powers of two for its sizes
+        COLUMNS: tl.constexpr = 128 if PIECE > 128 else PIECE  # what the registers hold
         total = tl.zeros((BLOCK,), tl.float32)
         for d0 in tl.static_range(0, D, COLUMNS):
             d = d0 + tl.arange(0, COLUMNS)
@@ -109,8 +110,9 @@ def backward_preprocess(
         tl.store(delta + place, total)
         first = row.to(tl.int64) * padded + column + m0
         if turns is None:
-            zero = tl.zeros((BLOCK * D,), tl.float32)
-            tl.store(sums + first * D + tl.arange(0, BLOCK * D), zero)
+            for d0 in tl.static_range(0, D, PIECE):
+                zero = tl.zeros((BLOCK * PIECE,), tl.float32)
+                tl.store(sums + first * D + BLOCK * d0 + tl.arange(0, BLOCK * PIECE), zero)
         else:
             tl.static_assert(BLOCK == 64)
             tl.store(turns + first // BLOCK, 0)
@@ -135,16 +137,19 @@ def backward_postprocess(
     b, h, start, length, row, column = _locate(bh, num_heads, cu_q, seqlen_q, VARLEN)
     if m0 < length:
         first = row.to(tl.int64) * padded + column + m0
-        x = tl.load(sums + first * D + tl.arange(0, 64 * D)) * scale
-        if turns is not None:
-            turn = tl.load(turns + first // BLOCK_M * (BLOCK_M // 64))
-            x = tl.where(turn > 0, x, 0.0)  # the sums were never written: any bits
         W: tl.constexpr = COLUMN_WARPGROUPS
-        x = tl.reshape(x, (D // 8 // W, W, 4, 8, 4, 2, 2))  # k, warpgroup, warp, lane row, lane column, r row, r column
-        x = tl.reshape(tl.permute(x, (2, 5, 3, 1, 0, 4, 6)), (64, D))
-        m = m0 + tl.arange(0, 64)
-        d = tl.arange(0, D)
-        rows = (start + m).to(tl.int64)
-        place = b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs + d[None, :]
-        mask = (m < length)[:, None] & (d < HEAD_DIM)[None, :]
-        tl.store(dq + place, x.to(dq.dtype.element_ty), mask)
+        COLUMNS: tl.constexpr = 64 if D == 192 else D  # powers of two; one warpgroup's columns lie in their order
+        for d0 in tl.static_range(0, D, COLUMNS):
+            x = tl.load(sums + first * D + 64 * d0 + tl.arange(0, 64 * COLUMNS)) * scale
+            if turns is not None:
+                turn = tl.load(turns + first // BLOCK_M * (BLOCK_M // 64))
+                x = tl.where(turn > 0, x, 0.0)  # the sums were never written: any bits
+            # k, warpgroup, warp, lane row, lane column, r row, r column
+            x = tl.reshape(x, (COLUMNS // 8 // W, W, 4, 8, 4, 2, 2))
+            x = tl.reshape(tl.permute(x, (2, 5, 3, 1, 0, 4, 6)), (64, COLUMNS))
+            m = m0 + tl.arange(0, 64)
+            d = d0 + tl.arange(0, COLUMNS)
+            rows = (start + m).to(tl.int64)
+            place = b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh + rows[:, None] * stride_qs + d[None, :]
+            mask = (m < length)[:, None] & (d < HEAD_DIM)[None, :]
+            tl.store(dq + place, x.to(dq.dtype.element_ty), mask)

@@ -78,6 +78,7 @@ from kernels.attention.hopper.compat import (
     wait_previous_kernel,
     wait_turn,
 )
+from kernels.attention.hopper.pieces import PIECE, one_of
 from kernels.attention.hopper.rings import await_empty, await_full, release
 from kernels.attention.hopper.tiles import (
     decode_tile,
@@ -101,7 +102,8 @@ HANDOVER = gl.constexpr(288)
 
 
 class Descriptors(NamedTuple):
-    """TMA descriptors; see ``backward_kernel``."""
+    """TMA descriptors; see ``backward_kernel``. Of Q, K, V, dO, and of the wide kernel's dK and dV, tuples of pieces
+    (pieces.py)."""
 
     q: Any
     k: Any
@@ -115,7 +117,7 @@ class Descriptors(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory."""
+    """Shared memory. As the producer sees it, Q, K, V and dO are tuples of pieces (pieces.py)."""
 
     q: Any
     """Ring of STAGES blocks of BM queries, in tiles of 64."""
@@ -271,14 +273,21 @@ def first_keys(m0, Sq, Sk, wl, BN: gl.constexpr, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(desc, bufs, statistic_desc, statistic_bufs, bar, stage, h, row, column, mb, keys, C: gl.constexpr):
+def load_pieces(descs, bufs, bar, b, h, row, start, length, VARLEN: gl.constexpr):
+    """Starts the copies of a block's pieces to ``bufs``, rows from ``row`` on of one head of one sequence."""
+    for i in gl.static_range(len(descs)):
+        load_tile(descs[i], bar, bufs[i], b, h, row, start, length, VARLEN, i * PIECE)
+
+
+@gluon.jit
+def load_queries(descs, bufs, statistic_desc, statistic_bufs, bar, stage, h, row, column, mb, keys, C: gl.constexpr):
     """Starts the copies of a query block of Q and LSE, or of dO and delta, in tiles of 64; ``bar`` counts the bytes.
     (row, column): the head's place in the statistics."""
     HALVES: gl.constexpr = C.BM // TILE
-    mbarrier.expect(bar, HALVES * (desc.block_type.nbytes + statistic_desc.block_type.nbytes))
+    mbarrier.expect(bar, HALVES * (TILE * C.D * 2 + statistic_desc.block_type.nbytes))
     for half in gl.static_range(HALVES):
         m0 = mb * C.BM + half * TILE
-        load_tile(desc, bar, bufs.index(stage * HALVES + half), keys.b, h, m0, keys.start_q, keys.Sq, C.VARLEN)
+        load_pieces(descs, one_of(bufs, stage * HALVES + half), bar, keys.b, h, m0, keys.start_q, keys.Sq, C.VARLEN)
         tma_load(statistic_desc, [row, column + m0], bar, statistic_bufs.index(stage * HALVES + half))
 
 
@@ -292,10 +301,10 @@ def backward_producer(descs, bufs, bars, prob, C: gl.constexpr):
     if t < num_tiles:
         keys = locate_keys(t, prob, C)
         n0 = keys.nb * C.BN
-        mbarrier.expect(bars.kv_full.index(0), descs.k.block_type.nbytes)
-        load_tile(descs.k, bars.kv_full.index(0), bufs.k, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
-        mbarrier.expect(bars.kv_full.index(1), descs.v.block_type.nbytes)
-        load_tile(descs.v, bars.kv_full.index(1), bufs.v, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+        mbarrier.expect(bars.kv_full.index(0), C.BN * C.D * 2)
+        load_pieces(descs.k, bufs.k, bars.kv_full.index(0), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+        mbarrier.expect(bars.kv_full.index(1), C.BN * C.D * 2)
+        load_pieces(descs.v, bufs.v, bars.kv_full.index(1), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
         if C.PDL:
             wait_previous_kernel()
         step = 0
@@ -691,9 +700,13 @@ def backward_kernel(
     mbarrier.init(dq_empty.index(0), count=1)
     fence_async_shared()
     descs = Descriptors(
-        q=q_desc, k=k_desc, v=v_desc, do=do_desc, lse=lse_desc, delta=delta_desc, dq=dq_desc, dk=dk_desc, dv=dv_desc
-    )
+        q=(q_desc,), k=(k_desc,), v=(v_desc,), do=(do_desc,), lse=lse_desc, delta=delta_desc, dq=dq_desc, dk=dk_desc,
+        dv=dv_desc,
+    )  # fmt: skip
     bufs = Buffers(q=q_buf, k=k_buf, v=v_buf, do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf)
+    loads = Buffers(
+        q=(q_buf,), k=(k_buf,), v=(v_buf,), do=(do_buf,), lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf
+    )
     bars = Barriers(
         q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
         dq_empty=dq_empty,
@@ -709,6 +722,6 @@ def backward_kernel(
     )  # fmt: skip
     gl.warp_specialize([
         (backward_consumer, (descs, bufs, bars, prob, scale_log2, scale, C)),
-        (backward_producer, (descs, bufs, bars, prob, C)),
+        (backward_producer, (descs, loads, bars, prob, C)),
         (backward_reducer, (descs, bufs, bars, prob, C)),
     ], [1, 1], [24, 24])  # fmt: skip

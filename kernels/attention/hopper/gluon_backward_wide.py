@@ -32,8 +32,11 @@ What guards what, beside gluon_backward.py's barriers (rings.py explains full, e
     q_empty    two arrivals: values is done with S and LSE, keys with dK
     do_empty   two arrivals: values is done with dV, keys with dP and delta
     p_full/p_empty    P is in shared memory / keys has read it
-    ds_full/ds_empty  dS is in shared memory / the last product of dQ has read it
+    ds_full/ds_empty  dS is in shared memory / the last product of dQ has read it, or ``queries`` has (DS_REGISTERS)
     dq_full/dq_empty  a ring of DQ_STAGES pieces; a piece is empty once the copy engine has read it
+
+A head dim of 192 is two pieces (pieces.py): S and dP sum a product for each, dV and dK have one each, and dQ's slices
+are of one piece or the other. Every other one is a single piece.
 
 What has to hold: each of the five partitions makes the same steps in the same order; pieces of dQ are numbered through.
 """
@@ -76,6 +79,7 @@ from kernels.attention.hopper.gluon_backward import (
     unmasked_queries,
     visit,
 )
+from kernels.attention.hopper.pieces import PIECE, allocate_pieces, matrix, one_of, wait_for
 from kernels.attention.hopper.rings import await_full
 from kernels.attention.hopper.tiles import store_tile
 
@@ -84,7 +88,7 @@ PART = gl.constexpr(64)
 
 
 class WideBuffers(NamedTuple):
-    """As gluon_backward.Buffers, with P's."""
+    """As gluon_backward.Buffers, with P's; Q, K, V and dO are tuples of pieces, K and V with one buffer each."""
 
     q: Any
     k: Any
@@ -130,6 +134,7 @@ class WideConfig(NamedTuple):
     LEFT: Any
     RIGHT: Any
     LOOKAHEAD: Any
+    DS_REGISTERS: Any
     FIRST_STORES: Any
     DETERMINISTIC: Any
     PDL: Any
@@ -179,26 +184,76 @@ def wide_reducer(descs, bufs, bars, prob, C: gl.constexpr):
 
 
 @gluon.jit
-def scores(left_buf, right, C: gl.constexpr):
-    """Start Sᵀ = K Qᵀ, or dPᵀ = V dOᵀ, [BN, BM]; ``right`` is Q or dO."""
+def scores(left_bufs, right_bufs, stage, C: gl.constexpr):
+    """Start Sᵀ = K Qᵀ, or dPᵀ = V dOᵀ, [BN, BM], a product for each piece; ``right_bufs`` are Q's or dO's."""
     TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])
-    # Otherwise 16 descriptors of K or V stay in registers through the loop: spills, and every product serialised.
-    left = left_buf.index(opaque_zero()).reshape((C.BN, C.D))
-    zero = gl.zeros((C.BN, C.BM), gl.float32, TL)
-    return warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = gl.zeros((C.BN, C.BM), gl.float32, TL)
+    for i in gl.static_range(len(left_bufs)):
+        right = matrix(right_bufs[i], stage, C.BM)
+        # Otherwise the descriptors of K or V stay in registers through the loop: spills, and every product serialised.
+        left = matrix(left_bufs[i], opaque_zero(), C.BN)
+        s = warpgroup_mma(left, right.permute((1, 0)), s, use_acc=i > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def zero_sum(COLUMNS: gl.constexpr, C: gl.constexpr):
+    """fp32 [BN, COLUMNS] for sums of products, which have 128 columns at most."""
+    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if COLUMNS > 128 else COLUMNS, 16])
+    return gl.zeros((C.BN, COLUMNS), gl.float32, KL)
+
+
+@gluon.jit
+def zero_sums(bufs, C: gl.constexpr):
+    """dV's or dK's pieces before the first query block."""
+    sums = ()
+    for i in gl.static_range(len(bufs)):
+        sums = sums + (zero_sum(bufs[i].shape[len(bufs[i].shape) - 1], C),)  # type: ignore[assignment]
+    return sums
+
+
+@gluon.jit
+def add_products(left, right_bufs, stage, sums, C: gl.constexpr):
+    """Start dV + Pᵀ dO, or dK + dSᵀ Q, of a query block, a product for each piece."""
+    started = ()
+    for i in gl.static_range(len(sums)):
+        right = matrix(right_bufs[i], stage, C.BM)
+        operand = gl.convert_layout(left, gl.DotOperandLayout(0, sums[i].type.layout, 2))
+        started = started + (warpgroup_mma(operand, right, sums[i], is_async=True),)  # type: ignore[assignment]
+    return started
+
+
+@gluon.jit
+def scaled(sums, scale):
+    """The pieces times ``scale``."""
+    products = ()
+    for i in gl.static_range(len(sums)):
+        products = products + (sums[i] * scale,)
+    return products
+
+
+@gluon.jit
+def store_sums(sums, descs, bufs, keys, C: gl.constexpr):
+    """dV or dK, 16 bit, by way of ``bufs``, which nobody reads any more, to global memory."""
+    for i in gl.static_range(len(sums)):
+        matrix(bufs[i], 0, C.BN).store(sums[i].to(descs[i].dtype))
+    fence_async_shared()
+    partition_barrier()
+    for i in gl.static_range(len(sums)):
+        row = keys.nb * C.BN
+        store_tile(descs[i], bufs[i].index(0), keys.b, keys.hk, row, keys.start_k, keys.Sk, C.VARLEN, i * PIECE)
+    tma.store_wait(0)
 
 
 @gluon.jit
 def values_step(step, mb, dv, bufs, bars, edges, scale_log2, C: gl.constexpr):
     """P of a query block, handed to ``keys`` and added to dV, which it returns."""
-    DTYPE: gl.constexpr = bufs.k.dtype
+    DTYPE: gl.constexpr = bufs.k[0].dtype
     TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])  # Sᵀ [BN, BM]
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dV [BN, D]
-    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
     q_stage = step % C.STAGES
     do_stage = step % C.DO_STAGES
     await_full(bars.q_full, step, C.STAGES)
-    s_next = scores(bufs.k, bufs.q.index(q_stage).reshape((C.BM, C.D)), C)
+    s_next = scores(bufs.k, bufs.q, q_stage, C)
     s = warpgroup_mma_wait(0, deps=(s_next,))
     s = hide_keys(s, mb * C.BM, C.BM, edges, C)
     lse = bufs.lse.index(q_stage).reshape((C.BM,)).load(gl.SliceLayout(0, TL))
@@ -208,9 +263,7 @@ def values_step(step, mb, dv, bufs, bars, edges, scale_log2, C: gl.constexpr):
     bufs.p.store(p)
     mbarrier.arrive(bars.p_full.index(0), count=1)
     await_full(bars.do_full, step, C.DO_STAGES)
-    do = bufs.do.index(do_stage).reshape((C.BM, C.D))
-    dv_next = warpgroup_mma(gl.convert_layout(p, AL), do, dv, is_async=True)
-    dv = warpgroup_mma_wait(0, deps=(dv_next,))
+    dv = wait_for(add_products(p, bufs.do, do_stage, dv, C), 0)
     mbarrier.arrive(bars.do_empty.index(do_stage), count=1)
     return dv
 
@@ -220,17 +273,15 @@ def next_dp(step, bufs, bars, C: gl.constexpr):
     """Start dPᵀ of query block number ``step``."""
     stage = step % C.DO_STAGES
     await_full(bars.do_full, step, C.DO_STAGES)
-    return scores(bufs.v, bufs.do.index(stage).reshape((C.BM, C.D)), C)
+    return scores(bufs.v, bufs.do, stage, C)
 
 
 @gluon.jit
 def keys_step(step, dp, dk, bufs, bars, AHEAD: gl.constexpr, C: gl.constexpr):
     """dS of a query block from its finished dPᵀ, handed to ``queries`` and added to dK; returns (dPᵀ, dK). AHEAD: of
     the next block, issued behind dK."""
-    DTYPE: gl.constexpr = bufs.k.dtype
+    DTYPE: gl.constexpr = bufs.k[0].dtype
     TL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BM, 16])  # dPᵀ [BN, BM]
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dK [BN, D]
-    AL: gl.constexpr = gl.DotOperandLayout(0, KL, 2)
     q_stage = step % C.STAGES
     do_stage = step % C.DO_STAGES
     delta = bufs.delta.index(do_stage).reshape((C.BM,)).load(gl.SliceLayout(0, TL))
@@ -242,18 +293,18 @@ def keys_step(step, dp, dk, bufs, bars, AHEAD: gl.constexpr, C: gl.constexpr):
     ds = (p.to(gl.float32) * dp).to(DTYPE)
     mbarrier.wait(bars.ds_empty.index(0), (step & 1) ^ 1)
     bufs.ds.permute((1, 0)).store(ds)
-    fence_async_shared()
+    if not C.DS_REGISTERS:
+        fence_async_shared()  # dQ's products read it
     mbarrier.arrive(bars.ds_full.index(0), count=1)
     await_full(bars.q_full, step, C.STAGES)
-    q = bufs.q.index(q_stage).reshape((C.BM, C.D))
-    dk_next = warpgroup_mma(gl.convert_layout(ds, AL), q, dk, is_async=True)
+    dk_next = add_products(ds, bufs.q, q_stage, dk, C)
     if AHEAD:
         dp_next = next_dp(step + 1, bufs, bars, C)
-        dk = warpgroup_mma_wait(1, deps=(dk_next,))
+        dk = wait_for(dk_next, len(bufs.v))
         mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     else:
-        dk = warpgroup_mma_wait(0, deps=(dk_next,))
+        dk = wait_for(dk_next, 0)
         mbarrier.arrive(bars.q_empty.index(q_stage), count=1)
     return dp, dk
 
@@ -261,7 +312,6 @@ def keys_step(step, dp, dk, bufs, bars, AHEAD: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def values_consumer(descs, bufs, bars, prob, scale_log2, C: gl.constexpr):
     """Warpgroup ``values``: S, P and dV."""
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dV [BN, D]
     t = gl.program_id(0)
     num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
@@ -270,7 +320,7 @@ def values_consumer(descs, bufs, bars, prob, scale_log2, C: gl.constexpr):
         n0 = keys.nb * C.BN
         begin, end = unmasked_queries(n0, C.BN, keys.Sq, keys.Sk, prob.wl, prob.wr, C.LEFT, C.RIGHT)
         edges = Edges(nb=keys.nb, Sq=keys.Sq, Sk=keys.Sk, begin=begin, end=end, wl=prob.wl, wr=prob.wr)
-        dv = gl.zeros((C.BN, C.D), gl.float32, KL)
+        dv = zero_sums(bufs.do, C)
         blocks = hi - lo
         steps = prob.group * blocks
         mbarrier.wait(bars.kv_full.index(0), 0)
@@ -279,22 +329,17 @@ def values_consumer(descs, bufs, bars, prob, scale_log2, C: gl.constexpr):
             dv = values_step(step, mb, dv, bufs, bars, edges, scale_log2, C)
         # Once ``keys`` has read the last P, its products are through with dO, whose buffer stages dV.
         mbarrier.wait(bars.p_empty.index(0), (gl.maximum(steps, 0) & 1) ^ 1)
-        bufs.do.index(0).reshape((C.BN, C.D)).store(dv.to(descs.dv.dtype))
-        fence_async_shared()
-        partition_barrier()
-        store_tile(descs.dv, bufs.do.index(0), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
-        tma.store_wait(0)
+        store_sums(dv, descs.dv, bufs.do, keys, C)
 
 
 @gluon.jit
 def keys_consumer(descs, bufs, bars, prob, scale, C: gl.constexpr):
     """Warpgroup ``keys``: dP, dS and dK."""
-    KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D // 2, 16])  # dK [BN, D]
     t = gl.program_id(0)
     num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
         keys = locate_keys(t, prob, C)
-        dk = gl.zeros((C.BN, C.D), gl.float32, KL)
+        dk = zero_sums(bufs.q, C)
         mbarrier.wait(bars.kv_full.index(1), 0)
         steps = prob.group * (keys.hi - keys.lo)
         if C.LOOKAHEAD:
@@ -310,11 +355,7 @@ def keys_consumer(descs, bufs, bars, prob, scale, C: gl.constexpr):
                 dp = warpgroup_mma_wait(0, deps=(dp_next,))
                 dp, dk = keys_step(step, dp, dk, bufs, bars, False, C)
         # V is dead: its buffer stages dK.
-        bufs.v.index(0).reshape((C.BN, C.D)).store((dk * scale).to(descs.dk.dtype))
-        fence_async_shared()
-        partition_barrier()
-        store_tile(descs.dk, bufs.v.index(0), keys.b, keys.hk, keys.nb * C.BN, keys.start_k, keys.Sk, C.VARLEN)
-        tma.store_wait(0)
+        store_sums(scaled(dk, scale), descs.dk, bufs.v, keys, C)
 
 
 @gluon.jit
@@ -339,35 +380,47 @@ def hand_over(piece, number, bufs, bars, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def hand_over_columns(dq, number, bufs, bars, C: gl.constexpr):
+    """Give PART columns of dQ to the reducer, in pieces from ``number`` on; returns the next one's number."""
+    if C.DQ_COLUMNS == PART:
+        hand_over(dq, number, bufs, bars, C.DQ_STAGES)
+        return number + 1
+    else:
+        gl.static_assert(C.DQ_COLUMNS == PART // 2)
+        left, right = gl.split(dq.reshape((2, PART // 8, SUM_COLUMNS)).permute((1, 2, 0)))
+        hand_over(left, number, bufs, bars, C.DQ_STAGES)
+        hand_over(right, number + 1, bufs, bars, C.DQ_STAGES)
+        return number + 2
+
+
+@gluon.jit
 def queries_consumer(bufs, bars, prob, C: gl.constexpr):
-    """Warpgroup ``queries``: dQ, PART columns at a time."""
+    """Warpgroup ``queries``: dQ, PART columns at a time. DS_REGISTERS: dS comes to registers first, once for all of
+    them."""
     QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])  # dQ [BM, PART]
     t = gl.program_id(0)
     num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
         keys = locate_keys(t, prob, C)
+        FIRST: gl.constexpr = bufs.k[0].shape[len(bufs.k[0].shape) - 1]  # columns of the first piece
         zero = gl.zeros((C.BM, PART), gl.float32, QL)
         number = 0
         mbarrier.wait(bars.kv_full.index(0), 0)
         for step in range(prob.group * (keys.hi - keys.lo)):
             mbarrier.wait(bars.ds_full.index(0), step & 1)
+            if C.DS_REGISTERS:
+                ds = bufs.ds.load(gl.DotOperandLayout(0, QL, 2))
+                mbarrier.arrive(bars.ds_empty.index(0), count=1)
+            else:
+                ds = bufs.ds
             for part in gl.static_range(C.D // PART):
-                k = bufs.k.index(opaque_zero()).reshape((C.BN, C.D))
-                k_part = k.slice(part * PART, PART, dim=1)
-                dq_next = warpgroup_mma(bufs.ds, k_part, zero, use_acc=False, is_async=True)
+                k = matrix(bufs.k[part * PART // FIRST], opaque_zero(), C.BN)
+                k_part = k.slice(part * PART % FIRST, PART, dim=1)
+                dq_next = warpgroup_mma(ds, k_part, zero, use_acc=False, is_async=True)
                 dq = warpgroup_mma_wait(0, deps=(dq_next,))
-                if part == C.D // PART - 1:
+                if part == C.D // PART - 1 and not C.DS_REGISTERS:
                     mbarrier.arrive(bars.ds_empty.index(0), count=1)
-                dq = in_register_order(dq, PART)
-                if C.DQ_COLUMNS == PART:
-                    hand_over(dq, number, bufs, bars, C.DQ_STAGES)
-                    number += 1
-                else:
-                    gl.static_assert(C.DQ_COLUMNS == PART // 2)
-                    left, right = gl.split(dq.reshape((2, PART // 8, SUM_COLUMNS)).permute((1, 2, 0)))
-                    hand_over(left, number, bufs, bars, C.DQ_STAGES)
-                    hand_over(right, number + 1, bufs, bars, C.DQ_STAGES)
-                    number += 2
+                number = hand_over_columns(in_register_order(dq, PART), number, bufs, bars, C)
 
 
 @gluon.jit(
@@ -376,10 +429,11 @@ def queries_consumer(bufs, bars, prob, C: gl.constexpr):
     ]
 )  # fmt: skip
 def backward_wide_kernel(
-    q_desc, k_desc, v_desc, do_desc,  # tiles of BM (q, do) or BN (k, v) rows, [1, 1, rows, D] or [1, 1, 1, rows, D]
+    q_desc, k_desc, v_desc, do_desc,  # tiles [1, 1, rows, D], varlen [1, 1, 1, rows, D]; BM or BN rows; D = 192: 128
+    q_tail, k_tail, v_tail, do_tail,  # D = 192: as above, tiles of 64 columns; otherwise None
     lse_desc, delta_desc,  # fp32 [rows, padded queries], tiles [1, BM]; LSE in log2 units, +inf where a row is dead
     dq_desc,  # fp32 [rows * padded queries * D / 256, 256], tiles [DQ_COLUMNS / 4, 256]; zeroed, or FIRST_STORES
-    dk_desc, dv_desc,  # like k
+    dk_desc, dv_desc, dk_tail, dv_tail,  # like k
     sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
     cu_q, cu_k,  # int32 [B + 1]; varlen only
     turns,  # int32 [rows * padded queries / BM], zero on entry; FIRST_STORES only
@@ -388,19 +442,30 @@ def backward_wide_kernel(
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     DQ_COLUMNS: gl.constexpr, DQ_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, DS_REGISTERS: gl.constexpr,
+    KEYS_REGS: gl.constexpr, QUERIES_REGS: gl.constexpr,
     FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Launch with num_warps=4, one CTA per key block and kv head (varlen: an upper bound of them)."""
+    """Launch with num_warps=4, one CTA per key block and kv head (varlen: an upper bound of them).
+    Registers a thread: ``values`` gets what KEYS_REGS, QUERIES_REGS and the two single warps' 24 leave of 512."""
     gl.static_assert(BM == 64 and BN == 64)
     DTYPE: gl.constexpr = q_desc.dtype
-    ONE: gl.constexpr = [1, 1, 1] if VARLEN else [1, 1]
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     PAIR: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], DTYPE)
-    q_buf = gl.allocate_shared_memory(DTYPE, [STAGES] + ONE + [BM, D], q_desc.layout)
-    do_buf = gl.allocate_shared_memory(DTYPE, [DO_STAGES] + ONE + [BM, D], do_desc.layout)
-    k_buf = gl.allocate_shared_memory(DTYPE, [1] + ONE + [BN, D], k_desc.layout)
-    v_buf = gl.allocate_shared_memory(DTYPE, [1] + ONE + [BN, D], v_desc.layout)
+    if q_tail is None:
+        descs = Descriptors(
+            q=(q_desc,), k=(k_desc,), v=(v_desc,), do=(do_desc,), lse=lse_desc, delta=delta_desc, dq=dq_desc,
+            dk=(dk_desc,), dv=(dv_desc,),
+        )  # fmt: skip
+    else:
+        descs = Descriptors(
+            q=(q_desc, q_tail), k=(k_desc, k_tail), v=(v_desc, v_tail), do=(do_desc, do_tail), lse=lse_desc,
+            delta=delta_desc, dq=dq_desc, dk=(dk_desc, dk_tail), dv=(dv_desc, dv_tail),
+        )  # fmt: skip
+    q_bufs = allocate_pieces(descs.q, STAGES)
+    do_bufs = allocate_pieces(descs.do, DO_STAGES)
+    k_bufs = allocate_pieces(descs.k, 1)
+    v_bufs = allocate_pieces(descs.v, 1)
     lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], lse_desc.layout)
     delta_buf = gl.allocate_shared_memory(gl.float32, [DO_STAGES, 1, BM], delta_desc.layout)
     p_buf = gl.allocate_shared_memory(DTYPE, [BN, BM], PAIR)
@@ -433,14 +498,12 @@ def backward_wide_kernel(
     mbarrier.init(ds_full.index(0), count=1)
     mbarrier.init(ds_empty.index(0), count=1)
     fence_async_shared()
-    descs = Descriptors(
-        q=q_desc, k=k_desc, v=v_desc, do=do_desc, lse=lse_desc, delta=delta_desc, dq=dq_desc, dk=dk_desc, dv=dv_desc
-    )
     loads = Buffers(
-        q=q_buf, k=k_buf.index(0), v=v_buf.index(0), do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf
-    )
+        q=q_bufs, k=one_of(k_bufs, 0), v=one_of(v_bufs, 0), do=do_bufs, lse=lse_buf, delta=delta_buf, ds=ds_buf,
+        dq=dq_buf,
+    )  # fmt: skip
     bufs = WideBuffers(
-        q=q_buf, k=k_buf, v=v_buf, do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf, p=p_buf
+        q=q_bufs, k=k_bufs, v=v_bufs, do=do_bufs, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf, p=p_buf
     )
     load_bars = Barriers(
         q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
@@ -456,15 +519,13 @@ def backward_wide_kernel(
     )  # fmt: skip
     C: gl.constexpr = WideConfig(
         BM=BM, BN=BN, D=D, STAGES=STAGES, DO_STAGES=DO_STAGES, DQ_COLUMNS=DQ_COLUMNS, DQ_STAGES=DQ_STAGES,
-        VARLEN=VARLEN, LEFT=LEFT, RIGHT=RIGHT, LOOKAHEAD=LOOKAHEAD, FIRST_STORES=FIRST_STORES,
-        DETERMINISTIC=DETERMINISTIC, PDL=PDL, NAMED_Q=0, NAMED_DO=0,
+        VARLEN=VARLEN, LEFT=LEFT, RIGHT=RIGHT, LOOKAHEAD=LOOKAHEAD, DS_REGISTERS=DS_REGISTERS,
+        FIRST_STORES=FIRST_STORES, DETERMINISTIC=DETERMINISTIC, PDL=PDL, NAMED_Q=0, NAMED_DO=0,
     )  # fmt: skip
-    # Registers: dS in flight beside the next dP takes more of them. ``values`` gets the rest of 512: 208 or 192.
-    KEYS_REGS: gl.constexpr = 224 if LOOKAHEAD else 208
     gl.warp_specialize([
         (values_consumer, (descs, bufs, bars, prob, scale_log2, C)),
         (keys_consumer, (descs, bufs, bars, prob, scale, C)),
         (queries_consumer, (bufs, bars, prob, C)),
         (backward_producer, (descs, loads, load_bars, prob, C)),
         (wide_reducer, (descs, loads, load_bars, prob, C)),
-    ], [4, 4, 1, 1], [KEYS_REGS, 72, 24, 24])  # fmt: skip
+    ], [4, 4, 1, 1], [KEYS_REGS, QUERIES_REGS, 24, 24])  # fmt: skip

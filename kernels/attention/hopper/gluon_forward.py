@@ -45,9 +45,8 @@ What has to hold, or the kernel hangs: ``step``, the number of key blocks so far
 the producer at the start of a tile; every warpgroup releases every block, and takes and passes on as many turns as the
 others, also for blocks that only other rows of the tile see (TRIM, ``pass_blocks``); a tile has at least one block.
 
-A tensor of Gluon has powers of two for its sizes. A head dim of 192 is two pieces, 128 and 64 columns, each with a
-descriptor, buffers and an accumulator of O: S is the sum of a product for each piece, and P multiplies each piece of V.
-Every other head dim is one piece. The members of Descriptors and Buffers are tuples of such pieces.
+A head dim of 192 is two pieces (pieces.py): S is the sum of a product for each piece, and P multiplies each piece of V.
+The members of Descriptors and Buffers are tuples of such pieces.
 
 Layout: q, o [B, H, Sq, D], k, v [B, Hk, Sk, D] through descriptors with the caller's strides (see tiles.py
 for varlen); bf16 or fp16 in and out, fp32 accumulation and statistics. LSE (natural log) [B, H, Sq] or [H,
@@ -70,6 +69,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.attention.hopper.compat import named_barrier_arrive, named_barrier_sync, partition_barrier
+from kernels.attention.hopper.pieces import PIECE, allocate_pieces, matrix, wait_for
 from kernels.attention.hopper.rings import await_empty, await_full, release
 from kernels.attention.hopper.tiles import (
     crosses_edge,
@@ -84,8 +84,6 @@ from kernels.attention.hopper.tiles import (
 LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)
 """Query rows of a warpgroup: the height of a product on Hopper's tensor cores."""
-PIECE = gl.constexpr(128)
-"""Columns of the first piece of a head dim that has two."""
 TURN = gl.constexpr(8)
 """First named barrier of ours; warpgroup w waits for its turn at TURN + w."""
 TURN_THREADS = gl.constexpr(256)
@@ -281,27 +279,11 @@ def masked_scores(s, row0, col0, place, prob, C: gl.constexpr):
 
 
 @gluon.jit
-def allocate_pieces(descs, COUNT: gl.constexpr):
-    """COUNT buffers for blocks of each descriptor."""
-    bufs = ()
-    for i in gl.static_range(len(descs)):
-        buf = gl.allocate_shared_memory(descs[i].dtype, [COUNT] + descs[i].block_type.shape, descs[i].layout)
-        bufs = bufs + (buf,)  # type: ignore[assignment]
-    return bufs
-
-
-@gluon.jit
 def load_pieces(descs, bufs, number, bar, b, h, row, start, length, HEIGHT: gl.constexpr, C: gl.constexpr):
     """Starts the copy of rows [row, row + HEIGHT) of one head to buffer ``number``; ``bar`` counts its bytes."""
     mbarrier.expect(bar, HEIGHT * C.D * 2)
     for i in gl.static_range(len(descs)):
         load_tile(descs[i], bar, bufs[i].index(number), b, h, row, start, length, C.VARLEN, i * PIECE)
-
-
-@gluon.jit
-def matrix(buf, number, HEIGHT: gl.constexpr):
-    """Buffer ``number`` of several as a matrix of HEIGHT rows."""
-    return buf.index(number).reshape((HEIGHT, buf.shape[len(buf.shape) - 1]))
 
 
 @gluon.jit
@@ -345,16 +327,6 @@ def multiply_values(w, v_bufs, stage, o, C: gl.constexpr):
         product = warpgroup_mma(p, matrix(v_bufs[i], stage, C.BN), o[i], is_async=True)
         o_next = o_next + (product,)  # type: ignore[assignment]
     return o_next
-
-
-@gluon.jit
-def all_of(products):
-    """Waits for every product under way and returns these."""
-    done = warpgroup_mma_wait(0, deps=products)
-    if len(products) == 1:
-        return (done,)
-    else:
-        return done
 
 
 @gluon.jit
@@ -649,7 +621,7 @@ def block_after_values(
     last = step % C.STAGES
     last_phase = (step // C.STAGES) & 1
     mbarrier.wait(bars.v_full.index(last), last_phase)
-    o = all_of(multiply_values(w, bufs.v, last, o, C))
+    o = wait_for(multiply_values(w, bufs.v, last, o, C), 0)
     release(bars.v_empty, last, C.NAMED_V, C.RING_THREADS)
     s = start_scores(step + 1, q_number, bufs, bars, zero, WG, C)
     pass_turn_on(WG, C)
@@ -689,7 +661,7 @@ def finish_tile(
     b, h = place.b, place.h
     lse_row = prob.lse + b.to(gl.int64) * prob.lse_stride_b + h.to(gl.int64) * prob.lse_stride_h + place.start_q
     scale = finish_statistics(m, total, lse_row, row0, place.Sq, scale_log2)
-    o = all_of(o_next)
+    o = wait_for(o_next, 0)
     release(bars.v_empty, last, C.NAMED_V, C.RING_THREADS)
     if C.OWN_O:
         tma.store_wait(0)  # the previous tile's O has left the buffer

@@ -245,17 +245,17 @@ def _plan_forward(q: Tensor, k: Tensor, v: Tensor, params: AttnParams, extras: A
         q, k, v = _addressable_copies((q, k, v), copies)
         launch = _plan_forward_launch(call, tile, bound, q, k, v, out, lse, params, extras)
     zero = call.varlen or launch is None
-    pieces = len(tuning.FORWARD_PIECES[call.width])
+    pieces = len(tuning.PIECES[call.width])
     return ForwardPlan(zero, tuple(out.shape), out.stride(), shape, lse.stride(), copies, bound, tiles, pieces, launch)
 
 
 def _describe_pieces(
-    call: Call, tile: tuning.ForwardTile, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+    call: Call, tensors: dict[str, tuple[Tensor, int]], tails: bool = True
 ) -> dict[str, TensorDescriptor | None]:
-    """Arguments {q, k, v, o}_desc, and _tail for the second piece of the head dim."""
-    first, *rest = tuning.FORWARD_PIECES[call.width]
-    parts = {"desc": first, "tail": rest[0] if rest else None}
-    tensors = {"q": (q, 64), "k": (k, tile.block_n), "v": (v, tile.block_n), "o": (out, 64)}
+    """Name -> tensor and rows of a block, to arguments {name}_desc, and _tail for the second piece of the head dim.
+    ``tails``: whether the kernel has those."""
+    first, *rest = tuning.PIECES[call.width]
+    parts = {"desc": first} | ({"tail": rest[0] if rest else None} if tails else {})
     return {
         f"{name}_{part}": None if columns is None else describe_tensor(tensor, rows, columns, call.varlen)
         for part, columns in parts.items()
@@ -271,7 +271,7 @@ def _plan_forward_launch(
     group = call.num_heads // call.num_heads_k
     right = params.window_right >= 0
     arguments = {
-        **_describe_pieces(call, tile, q, k, v, out),
+        **_describe_pieces(call, {"q": (q, 64), "k": (k, tile.block_n), "v": (v, tile.block_n), "o": (out, 64)}),
         "lse_ptr": lse,
         "sched": torch.empty(0, dtype=torch.int32, device=q.device),
         "cu_q": extras.cu_seqlens_q,
@@ -360,6 +360,8 @@ class BackwardPlan:
     """The three kernels of a dense call that needs no copies."""
     scratch_shape: tuple[int]
     """Memory of the chain, in 4 bytes: LSE, delta, the sums and the turns, one behind the other."""
+    pieces: int
+    """As in ForwardPlan, of q, k, v and dO and of dK and dV."""
 
     def start_again(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
                     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> bool:  # fmt: skip
@@ -376,11 +378,12 @@ class BackwardPlan:
         turns = () if self.turn_shape is None else (sums + row * self.width,)
         at_dout = dout.data_ptr()
         statistics = (lse.data_ptr(),) if dlse is None else (lse.data_ptr(), dlse.data_ptr())
-        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), at_dout)
+        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), at_dout) * self.pieces
+        gradients = (dk.data_ptr(), dv.data_ptr()) * self.pieces
         return self.chain.start(
             q.get_device(),
             (out.data_ptr(), at_dout, *statistics, lse_log2, delta, sums, *turns),
-            (*inputs, lse_log2, delta, sums, dk.data_ptr(), dv.data_ptr(), *turns),
+            (*inputs, lse_log2, delta, sums, *gradients, *turns),
             (sums, *turns, dq.data_ptr()),
         )
 
@@ -404,7 +407,8 @@ def launch_backward(
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     plan.preprocess(out, dout, lse, dlse, lse_log2, delta, sums, turns, cu_q)
     sched = None if plan.tiles is None else _list_tiles(plan.tiles, cu_k, plan.bound)
-    plan.main(q, k, v, dout, lse_log2, delta, sums, target_k, target_v, sched, cu_q, cu_k, turns)
+    inputs, gradients = (q, k, v, dout) * plan.pieces, (target_k, target_v) * plan.pieces
+    plan.main(*inputs, lse_log2, delta, sums, *gradients, sched, cu_q, cu_k, turns)
     if plan.postprocess is not None:
         plan.postprocess(sums, turns, dq, cu_q)
     for grad, target in ((dk, target_k), (dv, target_v)):
@@ -461,6 +465,7 @@ def _plan_backward(
         postprocess=postprocess,
         chain=Chain(preprocess, main, postprocess) if as_they_are and postprocess is not None else None,
         scratch_shape=(columns * (2 + call.width) + math.prod(turn_shape or (0,)),),
+        pieces=len(tuning.PIECES[call.width]),
     )
 
 
@@ -551,14 +556,11 @@ def _plan_main(
     num_tiles = bound * call.num_heads_k
     group = call.num_heads // call.num_heads_k
     names = ("lse_desc", "delta_desc", "dq_desc")
+    rows, wide = tuning.SCRATCH_TILE, isinstance(tile, tuning.WideBackwardTile)
     arguments = {
-        "q_desc": describe_tensor(q, tuning.SCRATCH_TILE, call.width, call.varlen),
-        "k_desc": describe_tensor(k, block_n, call.width, call.varlen),
-        "v_desc": describe_tensor(v, block_n, call.width, call.varlen),
-        "do_desc": describe_tensor(dout, tuning.SCRATCH_TILE, call.width, call.varlen),
+        **_describe_pieces(call, {"q": (q, rows), "k": (k, block_n), "v": (v, block_n), "do": (dout, rows)}, wide),
         **dict(zip(names, _describe_scratch(scratch, tile, call.width), strict=True)),
-        "dk_desc": describe_tensor(dk, block_n, call.width, call.varlen),
-        "dv_desc": describe_tensor(dv, block_n, call.width, call.varlen),
+        **_describe_pieces(call, {"dk": (dk, block_n), "dv": (dv, block_n)}, wide),
         "sched": torch.empty(0, dtype=torch.int32, device=q.device) if call.varlen else None,
         "cu_q": extras.cu_seqlens_q,
         "cu_k": extras.cu_seqlens_k,
@@ -598,7 +600,7 @@ def _plan_main(
         "DETERMINISTIC": params.deterministic,
         "PDL": _overlaps(call),
     }
-    kernel = backward_wide_kernel if isinstance(tile, tuning.WideBackwardTile) else backward_kernel
+    kernel = backward_wide_kernel if wide else backward_kernel
     options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "launch_pdl": _overlaps(call)}
     return Launch(kernel, num_tiles, arguments, **options)
 

@@ -159,6 +159,13 @@ class WideBackwardTile:
     """Pieces on their way, of 256 * dq_columns bytes each."""
     lookahead: bool = False
     """dP of the next block is issued behind dK of this one."""
+    ds_registers: bool = False
+    """dS is dQ's left operand from registers: read once, and its buffer is free before the products."""
+    keys_regs: int = 208
+    """Registers per thread of the warpgroup that makes dK; 16 more with ``lookahead``, when dS is in flight beside the
+    next dP."""
+    queries_regs: int = 72
+    """Of the one that makes dQ; that which makes dV gets the rest of 488."""
     first_stores: bool = False
     """As in BackwardTile, but where it pays depends on more than the length: off."""
     pdl: bool = False
@@ -169,12 +176,21 @@ class WideBackwardTile:
     def __post_init__(self) -> None:
         if self.dq_columns not in (32, 64):
             raise ValueError(f"dq_columns must be 32 or 64, got {self.dq_columns}")
+        if self.keys_regs % 8 or self.queries_regs % 8:
+            raise ValueError(f"registers come in eights, got keys_regs={self.keys_regs}, {self.queries_regs=}")
         if self.lookahead and self.q_stages < 2:  # dO of the next block is loaded behind its Q
             raise ValueError(f"lookahead keeps two Q blocks, q_stages is {self.q_stages}: the kernel would hang")
 
     def constants(self) -> dict[str, int]:
         """As in BackwardTile."""
-        return {"DQ_COLUMNS": self.dq_columns, "DQ_STAGES": self.dq_stages, "LOOKAHEAD": self.lookahead}
+        return {
+            "DQ_COLUMNS": self.dq_columns,
+            "DQ_STAGES": self.dq_stages,
+            "LOOKAHEAD": self.lookahead,
+            "DS_REGISTERS": self.ds_registers,
+            "KEYS_REGS": self.keys_regs + (16 if self.lookahead else 0),
+            "QUERIES_REGS": self.queries_regs,
+        }
 
     def sum_rows(self, width: int) -> int:
         """As in BackwardTile."""
@@ -231,7 +247,7 @@ FORWARD_CANDIDATES: dict[int, dict[str, ForwardTile]] = {
 """Padded head dim -> name -> forward tile to hold against those chosen, everywhere: the bench's
 ``hopper[candidate="NAME"]``. They compile clean and have groups of their own in tests/kernels/gpu/hopper_checks.py."""
 
-FORWARD_PIECES: dict[int, tuple[int, ...]] = {64: (64,), 128: (128,), 192: (128, 64), 256: (256,)}
+PIECES: dict[int, tuple[int, ...]] = {64: (64,), 128: (128,), 192: (128, 64), 256: (256,)}
 """Padded head dim -> columns of the tensors that make it up: powers of two."""
 
 BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
@@ -242,6 +258,17 @@ BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     256: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=32, dq_stages=2),
 }
 """Padded head dim -> backward tile."""
+
+_PIECES = WideBackwardTile(q_stages=2, do_stages=2, dq_columns=64, dq_stages=3, keys_regs=200, queries_regs=88)
+
+BACKWARD_CANDIDATES: dict[int, dict[str, WideBackwardTile]] = {
+    192: {
+        "pieces": _PIECES,
+        "ds_registers": replace(_PIECES, ds_registers=True, keys_regs=200, queries_regs=112),
+    },
+}
+"""As FORWARD_CANDIDATES, for the backward, at padded head dims that BACKWARD need not have: the head dims that a
+candidate is narrower for then take it."""
 
 FIRST_STORES_KEYS = 4096
 """H100, 16k tokens, TFLOP/s with the first key block's dQ stored, and added: D = 128, causal 324 and 299 at 1k, 535 and

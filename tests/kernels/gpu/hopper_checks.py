@@ -354,14 +354,59 @@ def backward_variants(group: str) -> Iterator[Check]:
 
 
 def with_tile(table: dict[int, Any], width: int, tile: Any, check: Callable[..., None], *arguments: Any) -> None:
-    before = table[width]
-    table[width] = tile
-    op.forget()  # what was planned for the other tile
+    """``check`` with this tile at this width, which ``table`` need not have."""
     try:
-        check(*arguments)
+        with mock.patch.dict(table, {width: tile}):
+            op.forget()  # what was planned for the other tile
+            check(*arguments)
     finally:
-        table[width] = before
         op.forget()
+
+
+def backward_candidate(width: int, name: str) -> Iterator[Check]:
+    """One backward tile: shapes, head dims narrower than its width, windows, groups of heads, varlen, dQ's sums in a
+    fixed order, 20 equal runs, and the fields that a measurement may change."""
+    tile = tuning.BACKWARD_CANDIDATES[width][name]
+    fixed = {"deterministic": True}
+    cases = []
+    for (sq, sk), causal in itertools.product(SHAPES, (False, True)):
+        heads = 2 if max(sq, sk) > 2048 else 4
+        cases.append(Case(sq, sk, width, heads, heads // 2, batch=2, dtype=BF16, options={"causal": causal}))
+    for head_dim in (width - 56, width - 32, width - 8):
+        cases.append(Case(700, 900, head_dim, 4, 2, dtype=BF16, options=CAUSAL))
+        cases.append(Case(333, 444, head_dim, dtype=FP16))
+    for window, more in itertools.product(((0, 0), (62, 63), (64, 0), (65, 65), (500, 100), (-1, 100)), ({}, fixed)):
+        cases.append(Case(513, 700, width, dtype=BF16, options={"window_size": window, **more}))
+    for heads_k in (1, 3, 6):
+        cases.append(Case(500, 500, width, 6, heads_k, batch=2, dtype=BF16, options=CAUSAL))
+    cases.append(Case(400, 400, width, dtype=BF16, magnitude=8.0, options=CAUSAL))
+    for (sq, sk), causal in itertools.product(((1, 1), (239, 1), (113, 211), (512, 4096), (4096, 512)), (False, True)):
+        cases.append(Case(sq, sk, width, 4, 2, batch=2, dtype=BF16, options={"causal": causal, **fixed}))
+    checks: list[tuple[str, Callable[[], None]]] = [(str(case), functools.partial(check_dense, case)) for case in cases]
+    for lengths, options in itertools.product(VARLEN_LENGTHS, ({}, CAUSAL, {**CAUSAL, **fixed})):
+        case = Case(0, 0, width, 4, 2, dtype=BF16, options=options)
+        check = functools.partial(check_varlen, lengths, lengths, case, tail=37)
+        checks.append((f"varlen {lengths} {case}", check))
+    for sq, causal, more in itertools.product((512, 1000, 4096), (False, True), ({}, fixed)):
+        case = Case(sq, sq, width, 8, 4, batch=2, dtype=BF16, options={"causal": causal, **more})
+        checks.append((f"20 runs {case}", functools.partial(run_twice_the_same, case)))
+    for label, check in checks:
+        yield f"{name} {label}", functools.partial(with_tile, tuning.BACKWARD, width, tile, check)
+    case = Case(700, 700, width, 4, 2, batch=3, dtype=BF16, options=CAUSAL)
+    for fields in BACKWARD_CANDIDATE_FIELDS:
+        changed = dataclasses.replace(tile, **fields)
+        yield f"{changed}", functools.partial(with_tile, tuning.BACKWARD, width, changed, check_dense, case)
+
+
+BACKWARD_CANDIDATE_FIELDS: tuple[dict[str, Any], ...] = (
+    {"first_stores": True},
+    {"pdl": True},
+    {"lookahead": True},
+    {"dq_columns": 32},
+    {"dq_columns": 32, "dq_stages": 2, "q_stages": 3, "do_stages": 3},
+    {"dq_stages": 2, "q_stages": 3},
+)
+"""Changes of a backward candidate that a measurement may ask for."""
 
 
 def forward_candidate(width: int, name: str) -> Iterator[Check]:
@@ -430,6 +475,11 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
         for name in tiles
     },
     **{f"backward_{group}": functools.partial(backward_variants, group) for group in BACKWARD_VARIANTS},
+    **{
+        f"backward_{width}_{name}": functools.partial(backward_candidate, width, name)
+        for width, tiles in tuning.BACKWARD_CANDIDATES.items()
+        for name in tiles
+    },
 }
 
 
