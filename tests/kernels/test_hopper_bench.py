@@ -68,7 +68,7 @@ def test_a_failing_implementation_is_reported_and_the_others_go_on(
     )
     errors = {(r["implementation"], r["error"]) for r in data["results"]}
     assert errors == {("flex", "out of something"), ("sdpa", "")}
-    assert all(math.isnan(r["median_ms"]) == (r["implementation"] == "flex") for r in data["results"])
+    assert all((r["median_ms"] is None) == (r["implementation"] == "flex") for r in data["results"])
 
 
 @pytest.mark.parametrize("mode", [["--memory", "--seqlens", "32"], ["--host"]])
