@@ -14,8 +14,9 @@ width, L layers, N weights, t tokens of a micro-batch on this rank, W ranks, in 
     gathered     stage 3 on several ranks: weights that DeepSpeed keeps whole, at most 10^9 or four blocks
     buckets      stages 2 and 3 on several ranks: gradients on their way
 
-Not in it: dropout's masks, scores that standard attention holds for a moment, what the CUDA context and NCCL take,
-memory that PyTorch's allocator holds in pieces too small.
+Not in it: dropout's masks, the two buckets of a block's matrices of `engine.fuse_weight_gradients=on` at stage 2,
+scores that standard attention holds for a moment, what the CUDA context and NCCL take, memory that PyTorch's allocator
+holds in pieces too small.
 """
 
 from __future__ import annotations

@@ -88,15 +88,21 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_in_a_sweep_lets_the_job_save_and_starts_no_other(tmp_path: Path) -> None:
-    """The terminal sends it to both processes."""
-    (tmp_path / "job.py").write_text(JOB)
+def started_sweep(folder: Path) -> subprocess.Popen[str]:
+    """A sweep whose first job is ready for signals."""
+    (folder / "job.py").write_text(JOB)
     sweep = subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(tmp_path / "runs"), str(tmp_path / "job.py")],
+        [sys.executable, "-c", SWEEP, str(folder / "runs"), str(folder / "job.py")],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert sweep.stdout is not None
     assert sweep.stdout.readline() == "ready\n"
+    return sweep
+
+
+def test_ctrl_c_in_a_sweep_lets_the_job_save_and_starts_no_other(tmp_path: Path) -> None:
+    """The terminal sends it to both processes."""
+    sweep = started_sweep(tmp_path)
     os.killpg(sweep.pid, signal.SIGINT)
     out, err = sweep.communicate(timeout=60)
     assert (sweep.returncode, out, err) == (130, "saved\n", "")
@@ -104,13 +110,7 @@ def test_ctrl_c_in_a_sweep_lets_the_job_save_and_starts_no_other(tmp_path: Path)
 
 def test_sigterm_of_a_sweep_goes_to_its_job_which_saves_and_is_the_last(tmp_path: Path) -> None:
     """`kill` and schedulers send it to the sweep alone."""
-    (tmp_path / "job.py").write_text(JOB)
-    sweep = subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(tmp_path / "runs"), str(tmp_path / "job.py")],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert sweep.stdout is not None
-    assert sweep.stdout.readline() == "ready\n"
+    sweep = started_sweep(tmp_path)
     sweep.terminate()
     out, err = sweep.communicate(timeout=60)
     assert (sweep.returncode, out, err) == (143, "saved\n", "")
