@@ -44,8 +44,7 @@ def forced_path(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(tables: Sequence[dict[Any, Any]]) -> Iterator[None]:
-    """Tile tables that may be changed or added to, as they were before afterwards. What was planned for others is
-    forgotten."""
+    """Tile tables that may be changed, as they were before afterwards. What was planned for others is forgotten."""
     from kernels.attention import op
 
     before = [dict(table) for table in tables]
@@ -54,7 +53,6 @@ def restored(tables: Sequence[dict[Any, Any]]) -> Iterator[None]:
         yield
     finally:
         for table, old in zip(tables, before, strict=True):
-            table.clear()
             table.update(old)
         op.forget()
 
@@ -62,25 +60,22 @@ def restored(tables: Sequence[dict[Any, Any]]) -> Iterator[None]:
 @contextlib.contextmanager
 def hopper_tiles(changes: dict[str, Any]) -> Iterator[None]:
     """The Hopper path's tile tables with these fields changed for every width. ``candidate``: the name of one of
-    tuning.FORWARD_CANDIDATES, which takes the forward's place for every length at the widths that have it, or of
-    BACKWARD_CANDIDATES, whose width the backward has then."""
+    tuning.FORWARD_CANDIDATES, which takes the forward's place for every length at the widths that have it."""
     from kernels.attention.hopper import tuning
 
     name = changes.get("candidate")
-    forward = {width: tiles[name] for width, tiles in tuning.FORWARD_CANDIDATES.items() if name in tiles}
-    backward = {width: tiles[name] for width, tiles in tuning.BACKWARD_CANDIDATES.items() if name in tiles}
-    if name is not None and not (forward or backward):
-        names = set().union(*tuning.FORWARD_CANDIDATES.values(), *tuning.BACKWARD_CANDIDATES.values())
-        raise ValueError(f"no candidate {name!r}; there are {sorted(names)}")
+    candidates = {width: tiles[name] for width, tiles in tuning.FORWARD_CANDIDATES.items() if name in tiles}
+    if name is not None and not candidates:
+        names = set().union(*tuning.FORWARD_CANDIDATES.values())
+        raise ValueError(f"no forward candidate {name!r}; there are {sorted(names)}")
     tables: tuple[dict[int, Any], ...] = (tuning.FORWARD, tuning.FORWARD_LONG, tuning.BACKWARD)
     known = {f.name for table in tables for tile in table.values() for f in dataclasses.fields(tile)}
     if unknown := set(changes) - known - {"candidate"}:
         raise ValueError(f"hopper has no tile parameter {sorted(unknown)}; it has {sorted(known)}")
     with restored(tables):
-        tuning.BACKWARD.update(backward)
         for table in tables:
             for width, shipped in table.items():
-                tile = shipped if table is tuning.BACKWARD else forward.get(width, shipped)
+                tile = shipped if table is tuning.BACKWARD else candidates.get(width, shipped)
                 mine = {f.name: changes[f.name] for f in dataclasses.fields(tile) if f.name in changes}
                 table[width] = dataclasses.replace(tile, **mine)
         yield

@@ -134,7 +134,7 @@ CASES += [
     Case(((100, 100), (0, 30), (300, 300), (30, 0), (1, 1), (129, 64)), varlen=True, right=0, head_dim=256),
     Case(((257, 100), (3, 500)), varlen=True, heads=4, heads_k=2, left=100, right=0, head_dim=192),
 ]
-# Head dims that the forward splits into pieces of 128 and 64 columns; the tensor's bound cuts the second one, or not.
+# Head dims in pieces of 128 and 64 columns; the tensor's bound cuts the second one, or not.
 CASES += [
     Case(((200, 330),), batch=2, heads=4, heads_k=2, head_dim=136),
     Case(((70, 300),), right=0, head_dim=192, heads=3, heads_k=3, dtype=torch.float16),  # more key blocks than stages
@@ -292,13 +292,11 @@ def test_a_piece_left_out_is_seen(wrong: str, emulated: None, monkeypatch: pytes
 
 
 def test_padded_head_dims_and_their_pieces() -> None:
-    """The forward has a width for 192, the backward has not; pieces are powers of two, the first of them PIECE wide."""
-    for head_dim, forward, backward in (
-        (8, 64, 64), (64, 64, 64), (72, 128, 128), (128, 128, 128), (136, 192, 256), (192, 192, 256), (200, 256, 256),
-    ):  # fmt: skip
-        assert tuning.padded_head_dim(head_dim, tuning.FORWARD) == forward
-        assert tuning.padded_head_dim(head_dim, tuning.BACKWARD) == backward
-    assert tuning.PIECES.keys() == tuning.FORWARD.keys()
+    """Pieces are powers of two, the first of them PIECE wide."""
+    for head_dim, want in ((8, 64), (64, 64), (72, 128), (128, 128), (136, 192), (192, 192), (200, 256), (256, 256)):
+        for tiles in (tuning.FORWARD, tuning.BACKWARD):
+            assert tuning.padded_head_dim(head_dim, tiles) == want
+    assert tuning.PIECES.keys() == tuning.FORWARD.keys() == tuning.BACKWARD.keys()
     for width, widths in tuning.PIECES.items():
         assert sum(widths) == width
         assert all(columns & (columns - 1) == 0 for columns in widths)
@@ -403,10 +401,8 @@ def test_backward_rings(stages: tuple[int, int], emulated: None, monkeypatch: py
 def test_wide_backward_rings(
     tile: tuple[int, int, int, int], head_dim: int, emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every depth of the rings, both sizes of dQ's pieces and dS in registers give the same bits."""
+    """Every depth of the rings and both sizes of dQ's pieces give the same bits."""
     case = Case(((300, 140),), heads=4, heads_k=2, right=0, head_dim=head_dim)
-    if head_dim == 192:
-        monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192]["pieces"])
     q, k, v, dout, params, extras = inputs(case)
     out, lse = hopper.forward(q, k, v, params, extras, {})
 
@@ -417,18 +413,9 @@ def test_wide_backward_rings(
 
     want = gradients()
     for lookahead in (False, True) if tile[0] > 1 else (False,):
-        changed = tuning.WideBackwardTile(*tile, lookahead, ds_registers=lookahead)
-        monkeypatch.setitem(tuning.BACKWARD, head_dim, changed)
+        monkeypatch.setitem(tuning.BACKWARD, head_dim, tuning.WideBackwardTile(*tile, lookahead))
         for a, b in zip(gradients(), want, strict=True):
             assert torch.equal(a, b)
-
-
-@NEEDS_INTERPRETER
-@pytest.mark.parametrize("name", tuning.BACKWARD_CANDIDATES[192])
-@pytest.mark.parametrize("case", [case for case in CASES if 128 < case.head_dim <= 192], ids=str)
-def test_backward_in_two_pieces(case: Case, name: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192][name])
-    test_emulated_kernels_match_the_formula(case, emulated, monkeypatch)
 
 
 @NEEDS_INTERPRETER
@@ -437,7 +424,6 @@ def test_a_piece_left_out_of_the_backward_is_seen(wrong: str, emulated: None, mo
     """As for the forward, in all three gradients; of the waits, those that leave the last piece under way."""
     q, k, v, dout, params, extras = inputs(Case(((150, 100),), head_dim=192))
     out, lse = hopper.forward(q, k, v, params, extras, {})
-    monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192]["pieces"])
     want, got = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
     hopper.backward(dout, q, k, v, out, lse, None, *want, params, extras, {})
     if wrong == "columns":
@@ -558,16 +544,6 @@ def test_first_key_block_stores(case: Case, emulated: None, monkeypatch: pytest.
         for rows, keys, _ in sequences(case, extras):
             for a, b, i in zip(stored, plain, (rows, keys, keys), strict=True):
                 torch.testing.assert_close(a[i], b[i], atol=0.02, rtol=0.02)
-
-
-@NEEDS_INTERPRETER
-@pytest.mark.parametrize("name", tuning.BACKWARD_CANDIDATES[192])
-@pytest.mark.parametrize("case", [case for case in FIXED_ORDER if 128 < case.head_dim <= 192], ids=str)
-def test_fixed_order_of_two_pieces(case: Case, name: str, emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.BACKWARD, 192, tuning.BACKWARD_CANDIDATES[192][name])
-    test_first_key_block_stores(case, emulated, monkeypatch)
-    monkeypatch.setattr(hopper_emulator, "resident", 1)
-    test_deterministic_sums_in_ascending_order(case, emulated, monkeypatch)
 
 
 @NEEDS_INTERPRETER

@@ -154,38 +154,32 @@ def compile_cases() -> list[CompileCase]:
         mask = "causal" if right else "full"
         cases.append(_forward_case("forward_long", width, tuning.FORWARD_LONG[width], dtype, mask, varlen))
     for width, backward_tile in tuning.BACKWARD.items():
-        cases += _backward_cases("", width, backward_tile)
+        cases += _backward_cases(width, backward_tile)
     constants = {"BLOCK": 128, "DESCENDING": True, "CHUNK": 1024}
     cases.append(CompileCase("hopper.list_tiles", _bind(elementwise_source, list_tiles, "bf16", constants), 4))
-    for width in (128, 256):
+    for width in (128, 192, 256):
         cases += _small_cases(width, tuning.BACKWARD[width])
     return cases
 
 
 def candidate_cases() -> list[CompileCase]:
-    """FORWARD_CANDIDATES and BACKWARD_CANDIDATES in every combination, also those for which they are not chosen:
-    ``scripts/compile_check.py --provider kernels.attention.hopper.cases:candidate_cases`` (they have no budget)."""
-    cases = [
+    """FORWARD_CANDIDATES in every combination, also those for which they are not chosen: ``scripts/compile_check.py
+    --provider kernels.attention.hopper.cases:candidate_cases`` (they have no budget)."""
+    return [
         _forward_case(f"forward_{name}", width, tile, dtype, mask, varlen)
         for width, tiles in tuning.FORWARD_CANDIDATES.items()
         for name, tile in tiles.items()
         for dtype, mask, varlen in _combinations()
     ]
-    for width, backward_tiles in tuning.BACKWARD_CANDIDATES.items():
-        for name, backward_tile in backward_tiles.items():
-            cases += _backward_cases(f"_{name}", width, backward_tile)
-        cases += _small_cases(width, next(iter(backward_tiles.values())))
-    return cases
 
 
-def _backward_cases(suffix: str, width: int, tile: tuning.BackwardTile | tuning.WideBackwardTile) -> list[CompileCase]:
+def _backward_cases(width: int, tile: tuning.BackwardTile | tuning.WideBackwardTile) -> list[CompileCase]:
     """The backward kernel in every combination, and with bf16 in each order of dQ's sums."""
     cases = []
     for dtype, mask, varlen in _combinations():
-        name = f"hopper.backward{suffix}[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
+        name = f"hopper.backward[d{width},{mask},{'varlen' if varlen else 'dense'},{dtype}]"
         make = _bind(backward_source, width, tile, dtype, mask, varlen)
-        quick = not suffix and _quick(width, mask, varlen, dtype)
-        cases.append(CompileCase(name, make, tile.num_warps, quick=quick))
+        cases.append(CompileCase(name, make, tile.num_warps, quick=_quick(width, mask, varlen, dtype)))
         for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
             make = _bind(backward_source, width, tile, dtype, mask, varlen, order)
             cases.append(CompileCase(name.replace("[", f"_{order}[", 1), make, tile.num_warps))

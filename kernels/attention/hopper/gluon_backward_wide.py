@@ -32,7 +32,7 @@ What guards what, beside gluon_backward.py's barriers (rings.py explains full, e
     q_empty    two arrivals: values is done with S and LSE, keys with dK
     do_empty   two arrivals: values is done with dV, keys with dP and delta
     p_full/p_empty    P is in shared memory / keys has read it
-    ds_full/ds_empty  dS is in shared memory / the last product of dQ has read it, or ``queries`` has (DS_REGISTERS)
+    ds_full/ds_empty  dS is in shared memory / the last product of dQ has read it
     dq_full/dq_empty  a ring of DQ_STAGES pieces; a piece is empty once the copy engine has read it
 
 A head dim of 192 is two pieces (pieces.py): S and dP sum a product for each, dV and dK have one each, and dQ's slices
@@ -134,7 +134,6 @@ class WideConfig(NamedTuple):
     LEFT: Any
     RIGHT: Any
     LOOKAHEAD: Any
-    DS_REGISTERS: Any
     FIRST_STORES: Any
     DETERMINISTIC: Any
     PDL: Any
@@ -293,8 +292,7 @@ def keys_step(step, dp, dk, bufs, bars, AHEAD: gl.constexpr, C: gl.constexpr):
     ds = (p.to(gl.float32) * dp).to(DTYPE)
     mbarrier.wait(bars.ds_empty.index(0), (step & 1) ^ 1)
     bufs.ds.permute((1, 0)).store(ds)
-    if not C.DS_REGISTERS:
-        fence_async_shared()  # dQ's products read it
+    fence_async_shared()  # dQ's products read it
     mbarrier.arrive(bars.ds_full.index(0), count=1)
     await_full(bars.q_full, step, C.STAGES)
     dk_next = add_products(ds, bufs.q, q_stage, dk, C)
@@ -395,8 +393,7 @@ def hand_over_columns(dq, number, bufs, bars, C: gl.constexpr):
 
 @gluon.jit
 def queries_consumer(bufs, bars, prob, C: gl.constexpr):
-    """Warpgroup ``queries``: dQ, PART columns at a time. DS_REGISTERS: dS comes to registers first, once for all of
-    them."""
+    """Warpgroup ``queries``: dQ, PART columns at a time."""
     QL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])  # dQ [BM, PART]
     t = gl.program_id(0)
     num_tiles = count_tiles(prob, C.VARLEN)
@@ -408,17 +405,12 @@ def queries_consumer(bufs, bars, prob, C: gl.constexpr):
         mbarrier.wait(bars.kv_full.index(0), 0)
         for step in range(prob.group * (keys.hi - keys.lo)):
             mbarrier.wait(bars.ds_full.index(0), step & 1)
-            if C.DS_REGISTERS:
-                ds = bufs.ds.load(gl.DotOperandLayout(0, QL, 2))
-                mbarrier.arrive(bars.ds_empty.index(0), count=1)
-            else:
-                ds = bufs.ds
             for part in gl.static_range(C.D // PART):
                 k = matrix(bufs.k[part * PART // FIRST], opaque_zero(), C.BN)
                 k_part = k.slice(part * PART % FIRST, PART, dim=1)
-                dq_next = warpgroup_mma(ds, k_part, zero, use_acc=False, is_async=True)
+                dq_next = warpgroup_mma(bufs.ds, k_part, zero, use_acc=False, is_async=True)
                 dq = warpgroup_mma_wait(0, deps=(dq_next,))
-                if part == C.D // PART - 1 and not C.DS_REGISTERS:
+                if part == C.D // PART - 1:
                     mbarrier.arrive(bars.ds_empty.index(0), count=1)
                 number = hand_over_columns(in_register_order(dq, PART), number, bufs, bars, C)
 
@@ -442,7 +434,7 @@ def backward_wide_kernel(
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     DQ_COLUMNS: gl.constexpr, DQ_STAGES: gl.constexpr,
-    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr, DS_REGISTERS: gl.constexpr,
+    VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOOKAHEAD: gl.constexpr,
     KEYS_REGS: gl.constexpr, QUERIES_REGS: gl.constexpr,
     FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -519,7 +511,7 @@ def backward_wide_kernel(
     )  # fmt: skip
     C: gl.constexpr = WideConfig(
         BM=BM, BN=BN, D=D, STAGES=STAGES, DO_STAGES=DO_STAGES, DQ_COLUMNS=DQ_COLUMNS, DQ_STAGES=DQ_STAGES,
-        VARLEN=VARLEN, LEFT=LEFT, RIGHT=RIGHT, LOOKAHEAD=LOOKAHEAD, DS_REGISTERS=DS_REGISTERS,
+        VARLEN=VARLEN, LEFT=LEFT, RIGHT=RIGHT, LOOKAHEAD=LOOKAHEAD,
         FIRST_STORES=FIRST_STORES, DETERMINISTIC=DETERMINISTIC, PDL=PDL, NAMED_Q=0, NAMED_DO=0,
     )  # fmt: skip
     gl.warp_specialize([

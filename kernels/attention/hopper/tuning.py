@@ -159,8 +159,6 @@ class WideBackwardTile:
     """Pieces on their way, of 256 * dq_columns bytes each."""
     lookahead: bool = False
     """dP of the next block is issued behind dK of this one."""
-    ds_registers: bool = False
-    """dS is dQ's left operand from registers: read once, and its buffer is free before the products."""
     keys_regs: int = 208
     """Registers per thread of the warpgroup that makes dK; 16 more with ``lookahead``, when dS is in flight beside the
     next dP."""
@@ -187,7 +185,6 @@ class WideBackwardTile:
             "DQ_COLUMNS": self.dq_columns,
             "DQ_STAGES": self.dq_stages,
             "LOOKAHEAD": self.lookahead,
-            "DS_REGISTERS": self.ds_registers,
             "KEYS_REGS": self.keys_regs + (16 if self.lookahead else 0),
             "QUERIES_REGS": self.queries_regs,
         }
@@ -254,21 +251,13 @@ BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     # K and V from registers: +10 to 18 % on an H100; under Triton 3.9 they spill.
     64: BackwardTile(2, 2, named=True, pairs=True, kv_registers=TRITON < (3, 9)),
     128: BackwardTile(2, 2, named=True),
+    # Two pieces. H100, 16k tokens, TFLOP/s at S = 512, 2k, 8k: causal 156 333 438, full 254 406 456; padded to 256
+    # columns 130 258 324 and 204 305 336. All three pieces of a block's dQ can be on their way.
+    192: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=64, dq_stages=3, keys_regs=200, queries_regs=88),
     # 225 of 227 KB: with one dO stage, 32 KB more would be there for dQ.
     256: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=32, dq_stages=2),
 }
 """Padded head dim -> backward tile."""
-
-_PIECES = WideBackwardTile(q_stages=2, do_stages=2, dq_columns=64, dq_stages=3, keys_regs=200, queries_regs=88)
-
-BACKWARD_CANDIDATES: dict[int, dict[str, WideBackwardTile]] = {
-    192: {
-        "pieces": _PIECES,
-        "ds_registers": replace(_PIECES, ds_registers=True, keys_regs=200, queries_regs=112),
-    },
-}
-"""As FORWARD_CANDIDATES, for the backward, at padded head dims that BACKWARD need not have: the head dims that a
-candidate is narrower for then take it."""
 
 FIRST_STORES_KEYS = 4096
 """H100, 16k tokens, TFLOP/s with the first key block's dQ stored, and added: D = 128, causal 324 and 299 at 1k, 535 and

@@ -91,56 +91,66 @@ def forward_only(case: Case) -> None:
 VARLEN_LENGTHS = ([100, 200, 300], [1, 0, 129, 512, 64], [1000] * 5 + [3] * 40, [2048, 17, 900])
 
 
-def wide() -> Iterator[Check]:
-    """Head dims above 128, whose backward is a kernel of its own, and up to 192, where the forward works in two pieces:
-    shapes, widths, masks, groups, varlen."""
+def wide(width: int) -> Iterator[Check]:
+    """Head dims above 128, whose backward is a kernel of its own, and which are two pieces up to 192: shapes, narrower
+    head dims of the same width, masks, groups, varlen."""
     for (sq, sk), causal in itertools.product(SHAPES, (False, True)):
         heads = 2 if max(sq, sk) > 2048 else 4
-        yield dense(Case(sq, sk, 256, heads, heads // 2, batch=2, dtype=BF16, options={"causal": causal}))
-    for head_dim in (136, 160, 192, 224, 248):
+        yield dense(Case(sq, sk, width, heads, heads // 2, batch=2, dtype=BF16, options={"causal": causal}))
+    for head_dim in (width - 56, width - 32, width - 8, width):
         yield dense(Case(700, 900, head_dim, 4, 2, dtype=BF16, options=CAUSAL))
         yield dense(Case(333, 444, head_dim, dtype=FP16))
-    for window in ((0, 0), (1, 0), (62, 63), (63, 64), (64, 0), (65, 65), (500, 100)):
-        for head_dim in (192, 256):
-            yield dense(Case(513, 700, head_dim, dtype=BF16, options={"window_size": window}))
+    for window in ((0, 0), (1, 0), (62, 63), (63, 64), (64, 0), (65, 65), (500, 100), (-1, 100)):
+        yield dense(Case(513, 700, width, dtype=BF16, options={"window_size": window}))
     for heads_k in (1, 3, 6):
-        yield dense(Case(500, 500, 256, 6, heads_k, batch=2, dtype=BF16, options=CAUSAL))
-    yield dense(Case(400, 400, 256, dtype=BF16, magnitude=8.0, options=CAUSAL))
-    for lengths, head_dim in itertools.product(VARLEN_LENGTHS, (136, 192, 256)):
-        case = Case(0, 0, head_dim, 4, 2, dtype=BF16, options=CAUSAL)
+        yield dense(Case(500, 500, width, 6, heads_k, batch=2, dtype=BF16, options=CAUSAL))
+    yield dense(Case(400, 400, width, dtype=BF16, magnitude=8.0, options=CAUSAL))
+    for lengths, head_dim, options in itertools.product(VARLEN_LENGTHS, (width - 56, width), ({}, CAUSAL)):
+        case = Case(0, 0, head_dim, 4, 2, dtype=BF16, options=options)
         yield f"varlen {lengths} {case}", lambda lq=lengths, case=case: check_varlen(lq, lq, case, tail=37)
 
 
-def wide_repeats() -> Iterator[Check]:
+def wide_repeats(width: int) -> Iterator[Check]:
     """Head dims above 128: the race detector, and dQ's sums in a fixed order."""
-    for head_dim, sq, causal, fixed in itertools.product((192, 256), (512, 1000, 4096), (False, True), (False, True)):
+    for sq, causal, fixed in itertools.product((512, 1000, 4096), (False, True), (False, True)):
         options = {"causal": causal, "deterministic": fixed}
-        case = Case(sq, sq, head_dim, 8, 4, batch=2, dtype=BF16, options=options)
+        case = Case(sq, sq, width, 8, 4, batch=2, dtype=BF16, options=options)
         yield f"20 runs {case}", lambda case=case: run_twice_the_same(case)
     for (sq, sk), causal in itertools.product(((1, 1), (239, 1), (113, 211), (512, 4096), (4096, 512)), (False, True)):
         options = {"causal": causal, "deterministic": True}
-        yield dense(Case(sq, sk, 256, 4, 2, batch=2, dtype=BF16, options=options))
-    for window in ((0, 0), (63, 64), (128, 0), (1000, 500)):
-        yield dense(Case(1500, 2100, 256, dtype=BF16, options={"window_size": window, "deterministic": True}))
+        yield dense(Case(sq, sk, width, 4, 2, batch=2, dtype=BF16, options=options))
+    for window in ((0, 0), (63, 64), (128, 0), (1000, 500), (-1, 100)):
+        yield dense(Case(1500, 2100, width, dtype=BF16, options={"window_size": window, "deterministic": True}))
     for lengths in VARLEN_LENGTHS:
-        case = Case(0, 0, 256, 4, 2, dtype=BF16, options={**CAUSAL, "deterministic": True})
+        case = Case(0, 0, width, 4, 2, dtype=BF16, options={**CAUSAL, "deterministic": True})
         yield f"varlen {lengths} {case}", lambda lq=lengths, case=case: check_varlen(lq, lq, case, tail=37)
 
 
-def wide_variants() -> Iterator[Check]:
+WIDE_VARIANTS: tuple[dict[str, Any], ...] = (
+    {"first_stores": True},
+    {"pdl": True},
+    {"first_stores": True, "pdl": True},
+    {"lookahead": True},
+    {"dq_columns": 64, "dq_stages": 1},
+    {"dq_columns": 64, "dq_stages": 2, "do_stages": 1},
+    {"dq_columns": 64, "dq_stages": 3, "do_stages": 1},
+    {"dq_columns": 32, "dq_stages": 4, "do_stages": 1},
+)
+"""Changed fields of the backward's tiles above head dim 128."""
+WIDE_VARIANTS_192: tuple[dict[str, Any], ...] = (
+    {"dq_columns": 32},
+    {"dq_columns": 32, "dq_stages": 2, "q_stages": 3, "do_stages": 3},
+    {"dq_stages": 2, "q_stages": 3},
+)
+"""More of them: dQ in pieces as at 256, and deeper rings, which have no shared memory there."""
+
+
+def wide_variants(width: int) -> Iterator[Check]:
     """As launch_variants, for head dims above 128."""
-    case = Case(700, 700, 256, 4, 2, batch=3, dtype=BF16, options=CAUSAL)
-    for tile in (
-        tuning.WideBackwardTile(2, 2, 32, 2, first_stores=True),
-        tuning.WideBackwardTile(2, 2, 32, 2, pdl=True),
-        tuning.WideBackwardTile(2, 2, 32, 2, first_stores=True, pdl=True),
-        tuning.WideBackwardTile(2, 2, 32, 2, lookahead=True),
-        tuning.WideBackwardTile(2, 2, 64, 1),
-        tuning.WideBackwardTile(2, 1, 64, 2),
-        tuning.WideBackwardTile(2, 1, 64, 3),
-        tuning.WideBackwardTile(2, 1, 32, 4),
-    ):
-        yield f"{tile}", lambda tile=tile: with_tile(tuning.BACKWARD, 256, tile, check_dense, case)
+    case = Case(700, 700, width, 4, 2, batch=3, dtype=BF16, options=CAUSAL)
+    for fields in WIDE_VARIANTS + (WIDE_VARIANTS_192 if width == 192 else ()):
+        tile = dataclasses.replace(tuning.BACKWARD[width], **fields)
+        yield f"{tile}", lambda tile=tile: with_tile(tuning.BACKWARD, width, tile, check_dense, case)
 
 
 def varlen() -> Iterator[Check]:
@@ -354,59 +364,13 @@ def backward_variants(group: str) -> Iterator[Check]:
 
 
 def with_tile(table: dict[int, Any], width: int, tile: Any, check: Callable[..., None], *arguments: Any) -> None:
-    """``check`` with this tile at this width, which ``table`` need not have."""
+    """``check`` with this tile at this width."""
     try:
         with mock.patch.dict(table, {width: tile}):
             op.forget()  # what was planned for the other tile
             check(*arguments)
     finally:
         op.forget()
-
-
-def backward_candidate(width: int, name: str) -> Iterator[Check]:
-    """One backward tile: shapes, head dims narrower than its width, windows, groups of heads, varlen, dQ's sums in a
-    fixed order, 20 equal runs, and the fields that a measurement may change."""
-    tile = tuning.BACKWARD_CANDIDATES[width][name]
-    fixed = {"deterministic": True}
-    cases = []
-    for (sq, sk), causal in itertools.product(SHAPES, (False, True)):
-        heads = 2 if max(sq, sk) > 2048 else 4
-        cases.append(Case(sq, sk, width, heads, heads // 2, batch=2, dtype=BF16, options={"causal": causal}))
-    for head_dim in (width - 56, width - 32, width - 8):
-        cases.append(Case(700, 900, head_dim, 4, 2, dtype=BF16, options=CAUSAL))
-        cases.append(Case(333, 444, head_dim, dtype=FP16))
-    for window, more in itertools.product(((0, 0), (62, 63), (64, 0), (65, 65), (500, 100), (-1, 100)), ({}, fixed)):
-        cases.append(Case(513, 700, width, dtype=BF16, options={"window_size": window, **more}))
-    for heads_k in (1, 3, 6):
-        cases.append(Case(500, 500, width, 6, heads_k, batch=2, dtype=BF16, options=CAUSAL))
-    cases.append(Case(400, 400, width, dtype=BF16, magnitude=8.0, options=CAUSAL))
-    for (sq, sk), causal in itertools.product(((1, 1), (239, 1), (113, 211), (512, 4096), (4096, 512)), (False, True)):
-        cases.append(Case(sq, sk, width, 4, 2, batch=2, dtype=BF16, options={"causal": causal, **fixed}))
-    checks: list[tuple[str, Callable[[], None]]] = [(str(case), functools.partial(check_dense, case)) for case in cases]
-    for lengths, options in itertools.product(VARLEN_LENGTHS, ({}, CAUSAL, {**CAUSAL, **fixed})):
-        case = Case(0, 0, width, 4, 2, dtype=BF16, options=options)
-        check = functools.partial(check_varlen, lengths, lengths, case, tail=37)
-        checks.append((f"varlen {lengths} {case}", check))
-    for sq, causal, more in itertools.product((512, 1000, 4096), (False, True), ({}, fixed)):
-        case = Case(sq, sq, width, 8, 4, batch=2, dtype=BF16, options={"causal": causal, **more})
-        checks.append((f"20 runs {case}", functools.partial(run_twice_the_same, case)))
-    for label, check in checks:
-        yield f"{name} {label}", functools.partial(with_tile, tuning.BACKWARD, width, tile, check)
-    case = Case(700, 700, width, 4, 2, batch=3, dtype=BF16, options=CAUSAL)
-    for fields in BACKWARD_CANDIDATE_FIELDS:
-        changed = dataclasses.replace(tile, **fields)
-        yield f"{changed}", functools.partial(with_tile, tuning.BACKWARD, width, changed, check_dense, case)
-
-
-BACKWARD_CANDIDATE_FIELDS: tuple[dict[str, Any], ...] = (
-    {"first_stores": True},
-    {"pdl": True},
-    {"lookahead": True},
-    {"dq_columns": 32},
-    {"dq_columns": 32, "dq_stages": 2, "q_stages": 3, "do_stages": 3},
-    {"dq_stages": 2, "q_stages": 3},
-)
-"""Changes of a backward candidate that a measurement may ask for."""
 
 
 def forward_candidate(width: int, name: str) -> Iterator[Check]:
@@ -461,9 +425,11 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "shapes": shapes,
     "windows": windows,
     "heads_and_widths": heads_and_widths,
-    "wide": wide,
-    "wide_repeats": wide_repeats,
-    "wide_variants": wide_variants,
+    **{
+        f"{group.__name__}_{width}": functools.partial(group, width)
+        for group in (wide, wide_repeats, wide_variants)
+        for width in (192, 256)
+    },
     "varlen": varlen,
     "repeats": repeats,
     "deterministic": deterministic,
@@ -475,11 +441,6 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
         for name in tiles
     },
     **{f"backward_{group}": functools.partial(backward_variants, group) for group in BACKWARD_VARIANTS},
-    **{
-        f"backward_{width}_{name}": functools.partial(backward_candidate, width, name)
-        for width, tiles in tuning.BACKWARD_CANDIDATES.items()
-        for name in tiles
-    },
 }
 
 
