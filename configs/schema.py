@@ -257,7 +257,7 @@ class DataConfig:
     shard_tokens: int = 100_000_000
     """Tokens a shard file at most."""
     num_workers: int = 0
-    """Processes that tokenise. 0: one a core."""
+    """Processes that tokenise. 0: one a CPU, of a container with a limit as many as that."""
     shuffle: bool = True
     """Shuffle the samples of each epoch. False: in corpus order."""
     packing: Packing = Packing.concatenate
