@@ -7,9 +7,12 @@ BIN := .venv/bin
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
+# A .venv that is a link is somebody else's, who says what is in it: to install there would put this folder in it.
+INSTALLED := $(if $(shell test -L .venv && test -x $(BIN)/python && echo linked),,.venv/installed)
+
 .PHONY: train test lint soak test-gpu compile-check docs constraints clean
 
-train: .venv/installed
+train: $(INSTALLED)
 	@$(BIN)/python train.py $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
@@ -19,7 +22,7 @@ train: .venv/installed
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 2>&1 | { grep -v WARNING || true; }
 	@touch $@
 
-lint: .venv/installed
+lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -28,20 +31,20 @@ test: lint
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	TMPDIR="$$tmp" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations=15 $(ARGS)
 
-soak: .venv/installed
+soak: $(INSTALLED)
 	@FAULT_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs tests/data/test_prepare.py tests/data/test_tokenizer.py -k 'killed or eight_ranks' --timeout 3600 $(ARGS)
 
-test-gpu: .venv/installed
+test-gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "gpu and not alone" -n 8 $(ARGS)
 	@$(BIN)/python -m pytest -m "gpu and alone" $(ARGS)
 
-compile-check: .venv/installed
+compile-check: $(INSTALLED)
 	@$(BIN)/python scripts/compile_check.py --triton 3.6.0 3.9.0 $(ARGS)
 
-docs: .venv/installed
+docs: $(INSTALLED)
 	@$(BIN)/python -m configs.reference > docs/configuration.md
 
-constraints: .venv/installed
+constraints: $(INSTALLED)
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean:

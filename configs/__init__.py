@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 CONFIG_FOLDER = Path(__file__).parent
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
+PRINTING_FLAGS = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--version")
+"""What makes Hydra print something and end."""
 SECTIONS: dict[str, type[schema.RunConfig]] = {
     "config": schema.RunConfig,
     "compare": schema.CompareRunConfig,
@@ -113,12 +116,18 @@ def overrides_last(argv: Sequence[str]) -> list[str]:
     return sorted(argv, key=is_override)  # stable: the order within each kind stays
 
 
+def only_prints(argv: Sequence[str]) -> bool:
+    """Whether Hydra answers this command line by itself, and no task runs."""
+    return any(argument.split("=")[0] in PRINTING_FLAGS for argument in argv if argument.startswith("-"))
+
+
 def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     """Run `task(config)` for this process's command line and exit with what it returns.
 
     All of Hydra's command line works: overrides, `--multirun`, `--cfg job`, `--info`, `--help`. In a sweep
     each job gets a run folder of its own, named by its overrides. A wrong key, type or option ends with a
-    short message and exit code 2; HYDRA_FULL_ERROR=1 shows where it came from.
+    short message and exit code 2; HYDRA_FULL_ERROR=1 shows where it came from. Where Hydra only prints and its reader
+    has gone (`--cfg job | head`), SIGPIPE ends it.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -127,6 +136,8 @@ def launch(task: Callable[[Config], int], config_name: str = "config") -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     open_missing_streams()
+    if only_prints(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it; Hydra's logging goes on without a reader
     register()
     want_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself, and lists a hundred options

@@ -257,7 +257,7 @@ class DataConfig:
     shard_tokens: int = 100_000_000
     """Tokens a shard file at most."""
     num_workers: int = 0
-    """Processes that tokenise. 0: one a core."""
+    """Processes that tokenise. 0: one a CPU, of a container with a limit as many as that."""
     shuffle: bool = True
     """Shuffle the samples of each epoch. False: in corpus order."""
     packing: Packing = Packing.concatenate
@@ -336,7 +336,7 @@ class TrainConfig:
     ranks). False: training waits for the disk."""
     watchdog_minutes: float = 30.0
     """A run without a finished step for so long writes the stacks of all ranks into run.log and ends with exit code 70.
-    0: off."""
+    Time in which it is stopped, as by SLURM's suspend, doesn't count. 0: off."""
     nonfinite: NonFinite = NonFinite.stop
     """A NaN or infinite loss or gradient stops the run, or skips that step's update. Where the device decides whether
     to step (`optim.fused_step`) the run stops once the next step is queued, and before anything is saved."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.cpus import available_cpus
 from data.errors import DataError
 from data.sources import Cursor, Reader
 from data.tokenizer import TokenizerInfo
@@ -82,20 +82,13 @@ def _limited(reader: Reader, max_documents: int | None) -> Iterator[str]:
                 return
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class Encoder:
     """A pool of worker processes; a context manager, because it has to end them."""
 
     def __init__(self, tokenizer: Path, info: TokenizerInfo, dtype: str, max_tokens: int, num_workers: int) -> None:
-        """`num_workers` 0 stands for one a core that this process may use."""
+        """`num_workers` 0 stands for one a CPU that this process may keep busy."""
         self.dtype = dtype
-        self.num_workers = num_workers or available_cores()
+        self.num_workers = num_workers or available_cpus()
         self._stack = contextlib.ExitStack()
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._arguments = [str(tokenizer), str(info.eos_id), dtype, str(max_tokens)]

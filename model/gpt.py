@@ -151,10 +151,13 @@ class GPT(nn.Module):
         device: torch.device | str,
         each: Callable[[nn.Module], None] | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        draw: bool = True,
     ) -> GPT:
         """Give a model that was built on the meta device memory on `device`, and the initial weights that building it
         there would have drawn, rounded to `dtype` (None: in the dtype it was built in).
 
+        Without `draw` the memory is left as it comes, norms and biases included: the caller fills all of it.
         `each` is called with every module as soon as it has its own weights, before the next one's are drawn: so that
         they can be moved away, and the whole model never is in one place.
         """
@@ -165,7 +168,8 @@ class GPT(nn.Module):
                 for parameter in module.parameters(recurse=False):  # still on the meta device: this computes nothing
                     parameter.data = parameter.data.to(dtype or parameter.dtype)
                 module.to_empty(device=device, recurse=False)
-            initialise(module)
+            if draw:
+                initialise(module)
             if each is not None:
                 each(module)
         return self

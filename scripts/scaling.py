@@ -6,8 +6,8 @@
 Weak scaling keeps the batch of a rank (the global batch grows with the ranks); `scaling.strong=true` keeps the global
 batch. Each trial runs in fresh processes. Leaves `scaling.json` and `scaling.png` in the run folder, beside a folder
 for each trial; the JSON grows with each trial, and one that fails costs its own row only. Called again, it keeps the
-rows that were measured under the same conditions (`training.earlier`) and runs what is missing; `resume=never` starts
-anew.
+rows that were measured under the same conditions (`training.earlier`) on the same GPUs and runs what is missing;
+`resume=never` starts anew.
 
 GPUs of one host differ by some per cent, and W ranks go at the pace of the slowest of theirs: what W of them lack of W
 times one GPU is not all lost to communication. So the trial of one process runs on as many GPUs as the largest number
@@ -108,6 +108,8 @@ class Row:
     """Seconds from the start of the trial's processes to the row of its first step; see `Trial`."""
     wall_s: float | None = None
     """Seconds from the start of the trial's processes to their end."""
+    devices: list[str] | None = None
+    """UUIDs of the GPUs that it was measured on, in the order of ranks; empty on a CPU."""
 
 
 def main(config: ScalingRunConfig) -> int:
@@ -124,9 +126,11 @@ def scale(config: ScalingRunConfig, folder: Path) -> int:
     """`main` in a folder that is ours alone."""
     console = wide_console()
     overrides = [a for a in sys.argv[1:] if not a.startswith(("scaling.", "run_dir=", "engine=", "--"))]
-    report = Report(config, folder, conditions(about([]), overrides, steps=config.scaling.steps))
-    earlier, report.rows = take_up(console, report.path, report.conditions, config.resume, partial(kept, config))
-    report.link = Link(**earlier["link"]) if earlier.get("link") else None
+    devices = devices_of(config)
+    report = Report(config, folder, conditions(about([]), overrides, steps=config.scaling.steps), devices)
+    keep = partial(kept, config, devices)
+    earlier, report.rows = take_up(console, report.path, report.conditions, config.resume, keep)
+    report.link = kept_link(earlier, devices)
     have = {(row.engine, row.world_size) for row in report.rows}
     if have:
         report.write()  # where other rows moved aside, these went along
@@ -168,6 +172,7 @@ def add(
     row = measure(console, report.config, overrides, engine, world_size, report.folder, cards)
     if old is not None and row.tokens_per_s is None:
         return  # what was measured is better than nothing
+    row = replace(row, devices=report.devices[: max(len(cards), world_size)])
     report.rows = arranged(report.config, [*(r for r in report.rows if r is not old), row])
     report.write()  # what is measured stays, whatever comes later
 
@@ -183,15 +188,32 @@ def finish(console: Console, report: Report, overrides: list[str], kept: Collect
     console.print(f"{report.path}\n{picture}", soft_wrap=True)
 
 
-def kept(config: ScalingRunConfig, values: dict[str, Any]) -> Row | None:
-    """An earlier row without its predictions; None if this call would train it with another batch."""
+def kept(config: ScalingRunConfig, devices: Sequence[str], values: dict[str, Any]) -> Row | None:
+    """An earlier row without its predictions; None if this call would train it with another batch or on others than
+    the first of `devices`."""
     later = dict.fromkeys(CARDS)  # a report from before they were measured lacks these
     row = row_of(Row, {**later, **values, **dict.fromkeys(PREDICTIONS)})
+    if row is None or not agree(row.devices, devices):
+        return None
     try:
-        same = row is not None and row.global_batch_size == global_batch(config, row.world_size)
+        same = row.global_batch_size == global_batch(config, row.world_size)
     except UserError:  # no batch at all
         same = False
     return row if same else None
+
+
+def kept_link(earlier: Mapping[str, Any], devices: Sequence[str]) -> Link | None:
+    """An earlier report's links, if they are between the first of `devices`."""
+    if not earlier.get("link"):
+        return None
+    link = Link(**earlier["link"])
+    then = earlier.get("devices")
+    return link if agree(then and then[: link.world_size], devices) else None
+
+
+def agree(then: Sequence[str] | None, now: Sequence[str]) -> bool:
+    """Whether GPUs of an earlier call are the first of this call's, as far as it has as many; None: nobody knows."""
+    return then is not None and bool(then) == bool(now) and all(a == b for a, b in zip(then, now, strict=False))
 
 
 def arranged(config: ScalingRunConfig, rows: Sequence[Row]) -> list[Row]:
@@ -245,6 +267,16 @@ def cards_of(config: ScalingRunConfig, environment: Mapping[str, str]) -> list[s
     return cards if len(cards) > 1 else []
 
 
+def devices_of(config: ScalingRunConfig) -> list[str]:
+    """UUIDs of all GPUs that this call sees, in the order of ranks; empty on a CPU.
+
+    CUDA_VISIBLE_DEVICES may call other GPUs by the same names: on another host, or after another order was set.
+    """
+    if config.hardware.device is Device.cpu or not torch.cuda.is_available():
+        return []
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
 def links(console: Console, config: ScalingRunConfig, earlier: Link | None) -> Link | None:
     """The links between the largest number of processes, an earlier call's if it had as many; None if it is one."""
     largest = max(config.scaling.world_sizes)
@@ -263,6 +295,8 @@ class Report:
     config: ScalingRunConfig
     folder: Path
     conditions: dict[str, Any]
+    devices: list[str]
+    """See `devices_of`."""
     rows: list[Row] = field(default_factory=list)
     link: Link | None = None
 
@@ -274,7 +308,7 @@ class Report:
     def write(self) -> None:
         """Write it with the rows so far."""
         facts = about(["scripts/scaling.py", *sys.argv[1:]])
-        facts |= {"scaling": kind_of(self.config).lower(), "conditions": self.conditions}
+        facts |= {"scaling": kind_of(self.config).lower(), "conditions": self.conditions, "devices": self.devices}
         facts |= {"link": self.link and asdict(self.link), "rows": [asdict(row) for row in self.rows]}
         write_json(self.path, facts)
 

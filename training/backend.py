@@ -234,8 +234,11 @@ def gather_whole_blocks(deepspeed: Any, model: GPT) -> None:
     deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])
 
 
-def shard_while_building(deepspeed: Any, model: GPT, settings: dict[str, Any], dtype: torch.dtype) -> None:
-    """Give a model on the meta device its initial weights, those of each module sharded before the next are drawn.
+def shard_while_building(
+    deepspeed: Any, model: GPT, settings: dict[str, Any], dtype: torch.dtype, *, draw: bool
+) -> None:
+    """Give a model on the meta device its initial weights, those of each module sharded before the next are drawn;
+    without `draw` memory alone.
 
     The same values as built whole and then sharded: drawn on the CPU, in the same order, and rounded. But a rank's
     host memory holds one module instead of 4 bytes a parameter of the model.
@@ -251,7 +254,7 @@ def shard_while_building(deepspeed: Any, model: GPT, settings: dict[str, Any], d
             sharded[0].convert_to_zero_parameters(param_list=own)
         sharded.extend(own)
 
-    model.materialise("cpu", shard, dtype)
+    model.materialise("cpu", shard, dtype, draw=draw)
 
 
 def deepspeed_config(

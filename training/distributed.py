@@ -8,12 +8,13 @@ device synchronisation, and a thread that writes a checkpoint can use it while t
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
 from typing import TypeVar
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import Device
+from data.cpus import available_cpus, cpu_quotas, own_cpus
 from model.sequence import SequenceGroup
 
 T = TypeVar("T")
@@ -39,6 +41,16 @@ class Launch:
     local_rank: int
     address: str
     """Where PyTorch finds the other processes: `env://` leaves it to the launcher's variables."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs, and what it may use there."""
+
+    host: str
+    cpus: frozenset[int]
+    quotas: dict[int, Fraction] = field(default_factory=dict)
+    """See `data.cpus.cpu_quotas`."""
 
 
 @dataclass
@@ -90,9 +102,8 @@ class Processes:
 
     def cpu_share(self) -> int:
         """CPUs for this process, at least one: those it may run on, each divided by the ranks of its host that may run
-        on it too. Collective."""
-        own = frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
-        return share_of(self.rank, self.gather((socket.gethostname(), own)))
+        on it too, and no more than its part of a quota that it shares with them. Collective."""
+        return share_of(self.rank, self.gather(Place(socket.gethostname(), own_cpus(), cpu_quotas())))
 
     def sequence_group(self, size: int) -> SequenceGroup | None:
         """Divide all ranks into groups of `size` neighbours that share samples; this rank's. None: `size` is 1.
@@ -115,6 +126,7 @@ def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Process
 
     Raises `UserError` if the device isn't there, or if there are more processes on a node than GPUs.
     """
+    keep_to_quota(os.environ)
     detected = detect_launch(os.environ)
     launch = detected or Launch(0, 1, 0, "")
     target = pick_device(device, launch.local_rank)
@@ -134,6 +146,18 @@ def init(device: Device = Device.auto, timeout_minutes: float = 10.0) -> Process
     host = os.environ.get("MASTER_ADDR") if launch.address == "env://" else urlsplit(launch.address).hostname
     rank, world_size, local_rank = launch.rank, launch.world_size, launch.local_rank
     return Processes(rank, world_size, local_rank, target, timeout, control, host or "localhost")
+
+
+def keep_to_quota(environment: Mapping[str, str]) -> None:
+    """Have PyTorch use no more threads than a container has CPUs, unless the user says how many.
+
+    By itself it takes one for each CPU of the affinity: with a quota Linux stops all of them most of the time.
+    """
+    if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & environment.keys():
+        return
+    count = available_cpus()
+    if count < torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 def restart_store(environment: Mapping[str, str], timeout: timedelta) -> dist.Store | None:
@@ -186,11 +210,14 @@ def detect_launch(environment: Mapping[str, str]) -> Launch | None:
     return None
 
 
-def share_of(rank: int, places: list[tuple[str, frozenset[int]]]) -> int:
-    """CPUs for `rank`; `places`: each rank's host and the CPUs that it may run on (`Processes.cpu_share`)."""
-    host, own = places[rank]
-    users = Counter(cpu for other, cpus in places if other == host for cpu in cpus)
-    return max(1, int(sum(Fraction(1, users[cpu]) for cpu in own)))
+def share_of(rank: int, places: list[Place]) -> int:
+    """CPUs for `rank`; `places`: where each rank runs (`Processes.cpu_share`)."""
+    own = places[rank]
+    neighbours = [place for place in places if place.host == own.host]
+    users = Counter(cpu for place in neighbours for cpu in place.cpus)
+    limited = Counter(group for place in neighbours for group in place.quotas)
+    whole = int(sum(Fraction(1, users[cpu]) for cpu in own.cpus))
+    return max(1, min([whole, *(math.ceil(quota / limited[group]) for group, quota in own.quotas.items())]))
 
 
 def start_of(environment: Mapping[str, str]) -> dict[str, str]:

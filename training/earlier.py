@@ -90,7 +90,7 @@ def take_up(
     kept = [] if why else [row for values in measured if (row := keep(values)) is not None]
     if why or len(kept) < len(measured):
         aside = move_aside(RunFolder(path.parent), (path.name, path.with_suffix(".png").name))
-        why = why or f"{len(measured) - len(kept)} of its {len(measured)} rows are of other batches"
+        why = why or f"{len(measured) - len(kept)} of its {len(measured)} rows are of other batches or GPUs"
         console.print(f"{path.name}: {why}; moved to {short_path(aside or path)}", markup=False, soft_wrap=True)
         report = report if kept else {}
     return report, kept

@@ -249,12 +249,13 @@ def gradient_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     return squares.sum().to(device).view(1)
 
 
-def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Processes) -> Engine:
+def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Processes, *, draw: bool = True) -> Engine:
     """Wrap the model for training; its weights move to the device, in the run's precision.
 
     The model may be on the meta device: it gets its initial weights here, in the run's precision; at ZeRO stage 3 a
     part at a time, so that no rank's host memory holds the whole model. Launchers give a rank one thread (torchrun sets
-    OMP_NUM_THREADS=1), which suits steps on a GPU; weights are drawn by its share of the host's CPUs.
+    OMP_NUM_THREADS=1), which suits steps on a GPU; weights are drawn by its share of the host's CPUs. Without `draw`
+    they are whatever was in memory, until `checkpoint.load` has put a checkpoint's in their place.
 
     Raises `UserError` for a combination of `engine.*` keys that the device or DeepSpeed can't do.
     """
@@ -291,9 +292,9 @@ def build_engine(model: GPT, config: RunConfig, plan: BatchPlan, processes: Proc
         if model.embedding.weight.is_meta:
             with host_threads(processes.cpu_share()):
                 if config.engine.zero_stage == 3:
-                    shard_while_building(deepspeed, model, settings, DTYPES[precision])
+                    shard_while_building(deepspeed, model, settings, DTYPES[precision], draw=draw)
                 else:
-                    model.materialise("cpu", dtype=DTYPES[precision])
+                    model.materialise("cpu", dtype=DTYPES[precision], draw=draw)
         wrapped, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.optim),

@@ -38,6 +38,7 @@ import torch
 from configs.errors import UserError
 from configs.messages import plain
 from configs.schema import LoggingConfig, RunConfig, WandbMode
+from data.cpus import available_cpus
 from training.run import RunFolder
 
 STEP: Final = "step"
@@ -55,7 +56,7 @@ def system_info(world_size: int = 1) -> dict[str, Any]:
     for package in _VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
             info[package] = metadata.version(package)
-    info |= {"host": socket.gethostname(), "cpus": os.cpu_count(), "world_size": world_size, "command": sys.argv[:]}
+    info |= {"host": socket.gethostname(), "cpus": available_cpus(), "world_size": world_size, "command": sys.argv[:]}
     if torch.cuda.is_available():
         info["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         info["cuda"] = torch.version.cuda or torch.version.hip

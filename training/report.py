@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from data.cpus import available_cpus
 from training.hardware import device_name
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
@@ -32,7 +32,7 @@ def about(command: Sequence[str]) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *command]),
         "device": device_name(device),
-        "device_count": torch.cuda.device_count() if device.type == "cuda" else os.cpu_count(),
+        "device_count": torch.cuda.device_count() if device.type == "cuda" else available_cpus(),
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := installed(name)) is not None},

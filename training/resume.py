@@ -15,6 +15,7 @@ from training.batch import data_ranks, resolve_batch
 from training.checkpoint import Manifest
 from training.console import Terminal, short_path
 from training.differences import Difference, compare_configs
+from training.distributed import Processes
 from training.engine import Engine
 from training.run import RunFolder, has_saved
 from training.state import TrainState
@@ -57,6 +58,16 @@ def resume_path(config: RunConfig, folder: RunFolder) -> Path | None:
     return path
 
 
+def finds_checkpoint(config: RunConfig, folder: RunFolder, processes: Processes) -> bool:
+    """Whether there is a checkpoint where `resume` looks, so that the run goes on from one or ends with an error: then
+    nobody needs initial weights. Collective.
+
+    Raises `UserError` as `resume_path` does.
+    """
+    path = resume_path(config, folder)
+    return processes.broadcast(processes.is_main and path is not None and bool(checkpoint.candidates(path)))
+
+
 def begins_elsewhere(config: RunConfig, folder: RunFolder) -> bool:
     """Whether `resume` names a checkpoint outside the run's own folder."""
     path = Path(config.resume).expanduser().resolve()
@@ -76,8 +87,12 @@ def resume(
     corpus: PreparedData,
     loader: TokenLoader,
     terminal: Terminal,
+    *,
+    drawn: bool = True,
 ) -> Start:
     """Load what `resume` says into the engine; where to go on, at step 0 if there is nothing. Collective.
+
+    `drawn`: whether the engine has initial weights to begin with (`finds_checkpoint`).
 
     A run that begins from another's checkpoint is one of its own in wandb.
 
@@ -90,6 +105,8 @@ def resume(
     if loaded is None:
         if config.resume not in ("auto", "never"):
             raise UserError(f"resume={config.resume}: there is no checkpoint in it. Give another path, or resume=auto.")
+        if not drawn:
+            raise UserError(f"resume={config.resume}: the checkpoints in {path} went while the run began. Start again.")
         return Start(TrainState(corpus_hash=corpus.content_hash))
     for message in loaded.messages:
         terminal.warn(message)

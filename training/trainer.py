@@ -51,7 +51,7 @@ from training.peers import explain
 from training.plot import plot_curves
 from training.profile import PICTURE, StepProfiler
 from training.progress import Progress
-from training.resume import Start, begins_elsewhere, resume
+from training.resume import Start, begins_elsewhere, finds_checkpoint, resume
 from training.run import RECORD, keep_config, move_aside
 from training.saver import Saver
 from training.schedule import learning_rate
@@ -152,10 +152,11 @@ class Trainer:
         rng.seed_all(config.seed)  # the same initial weights on every rank
         with torch.device("meta"):  # the engine draws the weights, in its precision and with all CPUs
             model = build_model(self.model_config)
-        self.engine = build_engine(model, config, self.plan, processes)
+        draw = not finds_checkpoint(config, session.folder, processes)
+        self.engine = build_engine(model, config, self.plan, processes, draw=draw)
         stack.callback(self.engine.close)
         rng.seed_rank(config.seed, processes.rank)  # different dropout on every rank
-        start = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal)
+        start = resume(self.engine, config, session.folder, self.corpus, self.loader, session.terminal, drawn=draw)
         self.state = start.state
         if processes.is_main:
             keep_config(session.folder)

@@ -4,7 +4,8 @@ Two things are watched, each by a thread:
 
 * `Watchdog`, in every rank: no step, batch of an evaluation or part of a checkpoint for `train.watchdog_minutes`. The
   stacks of all threads go into run.log and the process ends. The thread needs Python's lock; should something hold
-  that for good, `faulthandler`, which doesn't, does the same a little later with exit code 1.
+  that for good, another process (`training.backstop`) does the same a little later by SIGALRM. Time in which a run is
+  stopped, as by SLURM's suspend, doesn't count.
 * `Peers`, over TCP: a rank that is gone. Every rank holds one connection to rank 0. The kernel closes it with the
   process, however that ends, and its keep-alive notices a machine that has vanished. NCCL itself notices neither: the
   others would wait in their next collective until `engine.timeout_minutes`. An error on one rank travels the same way.
@@ -34,6 +35,7 @@ from typing import Any, Final, Self
 import torch.distributed as dist
 
 from configs.errors import UserError
+from training.backstop import Backstop, Clock
 from training.distributed import Processes
 from training.logging import FINISH_TIMEOUT_S
 
@@ -47,7 +49,7 @@ COMPILE_S: Final = 3600.0
 HANG_GRACE_S: Final = 20.0
 """A launcher ends all ranks when the first one leaves: until then all have written their stacks."""
 BACKSTOP_S: Final = 60.0
-"""How much later than the watchdog `faulthandler` acts."""
+"""How much later than the watchdog the other process acts."""
 GRACE_S: Final = 15.0
 """Time for a rank to end by itself once another is lost."""
 ENDING_S: Final = FINISH_TIMEOUT_S + 30.0
@@ -61,17 +63,19 @@ class Watchdog:
 
     def __init__(self, minutes: float) -> None:
         self.limit_s = minutes * 60
+        self._clock = Clock(min(self.limit_s / 10, 5.0))
         self._deadline = float("inf")
+        """By the clock, which is up to a tick slow."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
         """Something got done. Costs a look at the clock."""
-        self._deadline = time.monotonic() + self.limit_s
+        self._deadline = self._clock.seconds + self._clock.tick_s + self.limit_s
 
     def compiling(self) -> None:
         """What comes next is done for the first time."""
-        self._deadline = time.monotonic() + max(self.limit_s, COMPILE_S)
+        self._deadline = self._clock.seconds + self._clock.tick_s + max(self.limit_s, COMPILE_S)
 
     def __enter__(self) -> Self:
         if self.limit_s > 0:
@@ -86,15 +90,12 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        tick_s = min(self.limit_s / 10, 5.0)
-        try:
-            while not self._ended.wait(tick_s):
-                # Falls due only if this thread itself can't run: every round puts it off.
-                faulthandler.dump_traceback_later(self.limit_s + HANG_GRACE_S + BACKSTOP_S, exit=True, file=2)
-                if time.monotonic() > self._deadline:
+        with Backstop(self.limit_s + HANG_GRACE_S + BACKSTOP_S, self._clock.tick_s) as backstop:
+            while not self._ended.wait(self._clock.tick_s):
+                backstop.alive()  # comes to an end only if this thread itself can't run
+                self._clock.tick()
+                if self._clock.seconds > self._deadline:
                     self._bark()
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     def _bark(self) -> None:
         """Write the stacks, let the other ranks do so, and leave."""

@@ -25,10 +25,12 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from configs.schema import DataConfig
 from data import PreparedData, Progress
 from data.preparation import ProgressCallback
+from model import GPT, gpt
 from tests.ranks import free_port
 from tests.runs.conftest import ENVIRONMENT, ROOT
 from tests.training.driver import warm_up
@@ -239,8 +241,8 @@ def give_up_in_a_barrier() -> None:
 
 
 def kill_children() -> None:
-    """wandb's service is the only one there is."""
-    victims = psutil.Process().children(recursive=True)
+    """wandb's service is the only one there is beside the watchdog's."""
+    victims = [one for one in psutil.Process().children(recursive=True) if "backstop.py" not in " ".join(one.cmdline())]
     assert victims, "wandb has no process"
     for victim in victims:
         victim.kill()
@@ -394,6 +396,24 @@ def defect_in_save(job: Job, rank: int) -> None:
     checkpoint.write_shard = write_shard
 
 
+def nothing_to_draw(job: Job, rank: int) -> None:
+    """New weights are NaN, and there are no initial ones."""
+    plain = GPT.to_empty
+
+    def to_empty(self: nn.Module, **keys: Any) -> nn.Module:
+        made = plain(self, **keys)
+        with torch.no_grad():
+            for parameter in made.parameters(recurse=False):
+                parameter.fill_(torch.nan)
+        return made
+
+    def initialise(module: nn.Module) -> None:
+        raise AssertionError("weights are drawn")
+
+    nn.Module.to_empty = to_empty  # type: ignore[method-assign,assignment]
+    gpt.initialise = initialise
+
+
 FAULTS: dict[str, Callable[[Job, int], None]] = {
     "die": after_step(die),
     "hang": after_step(hang),
@@ -416,6 +436,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
     "slow save": slow_save,
     "full disk": full_disk,
     "defect in save": defect_in_save,
+    "nothing to draw": nothing_to_draw,
 }
 
 if __name__ == "__main__":

@@ -182,6 +182,15 @@ def test_a_tool_whose_reader_has_gone_ends_quietly(finished: tuple[Path, str]) -
         assert said in done.stderr if said else done.stderr == "", (arguments, done.stderr)
 
 
+@pytest.mark.parametrize("flags", ["--cfg job", "--cfg=job", "--help", "--hydra-help", "--info all"])
+def test_what_hydra_prints_ends_quietly_without_a_reader(flags: str) -> None:
+    """Some of it is more than a buffer holds; without one each line meets the closed pipe."""
+    command = f"{sys.executable} -u {ROOT / 'train.py'} {flags} | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=240, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
 def test_launchers_agree(runs: Runs, tmp_path: Path) -> None:
     """Two ranks under torchrun see the global batches of one, the losses are equal to rounding; one of them speaks."""
     one, two = tmp_path / "one", tmp_path / "two"

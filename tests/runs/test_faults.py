@@ -73,6 +73,16 @@ def newest(folder: Path) -> int:
     return max((step_of(c) for c in checkpoints(folder / "checkpoints")), default=0)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resume_draws_no_initial_weights(faults: Faults, tmp_path: Path, ranks: int) -> None:
+    """And no number of a random stream that the run goes on with: dropout is as it would have been."""
+    faults.start(tmp_path / "new", ranks=ranks, fault="nothing to draw", codes=[1] * ranks)
+    faults.start(tmp_path / "run", ranks=ranks, fault="die", at_step=7)
+    assert newest(tmp_path / "run") in (4, 6)  # the last is written on a thread
+    faults.start(tmp_path / "run", ranks=ranks, fault="nothing to draw", codes=[0] * ranks)
+    assert_equal_runs(faults.undisturbed(ranks)[0], tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment(faults: Faults, tmp_path: Path) -> None:
     """Also while it starts, saves, evaluates, deletes and ends; never back by more than a checkpoint."""

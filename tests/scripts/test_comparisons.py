@@ -404,7 +404,7 @@ def test_scaling_keeps_no_row_of_another_batch(
     report, started = scaled(monkeypatch, tmp_path, *sizes, "scaling.strong=true")
     assert started == ["zero1_2"]  # on one process it is the same
     assert [r["global_batch_size"] for r in report["rows"]] == [8, 8]
-    assert "1 of its 2 rows are of other batches; moved to" in capsys.readouterr().out
+    assert "1 of its 2 rows are of other batches or GPUs; moved to" in capsys.readouterr().out
     aside = json.loads((tmp_path / "previous" / "1" / "scaling.json").read_text())
     assert [r["global_batch_size"] for r in aside["rows"]] == [8, 16]
     _, started = scaled(monkeypatch, tmp_path, *sizes, "scaling.strong=true", "logging.project=x", "resume=never")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ import torch
 
 from configs import compose
 from configs.errors import UserError
-from configs.schema import CompareRunConfig, ForecastRunConfig, RunConfig, ScalingRunConfig
+from configs.schema import CompareRunConfig, Device, ForecastRunConfig, RunConfig, ScalingRunConfig
 from scripts import compare_attention, forecast, scaling
 from tests.runs.conftest import ENVIRONMENT
 from tests.scripts.test_comparisons import SHORT, TRIAL
@@ -142,6 +143,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    identify(monkeypatch, *range(number))
+
+
+def identify(monkeypatch: pytest.MonkeyPatch, *physical: int) -> None:
+    """The GPUs of the host that are visible, in this order."""
+    there = [SimpleNamespace(uuid=f"uuid-{number}") for number in physical]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: there[index])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(there))
 
 
 def settings(*overrides: str) -> ScalingRunConfig:
@@ -171,13 +180,18 @@ class Host:
         self.folder, self.monkeypatch = folder, monkeypatch
         self.speeds = {name.removeprefix("gpu"): speed for name, speed in speeds.items()}
         self.tried: list[str] = []
+        self.probed: list[int] = []
         gpus(monkeypatch, len(speeds))
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(scaling, "about", lambda command: {**ABOUT, "command": " ".join(command)})
-        monkeypatch.setattr(scaling, "probe", lambda world_size, device: Link(world_size, 300.0, 10.0))
+        monkeypatch.setattr(scaling, "probe", self.probe)
         monkeypatch.setattr(scaling, "run_trial", self.run_trial)
         monkeypatch.setattr(scaling, "run_on_cards", self.run_on_cards)
         monkeypatch.setattr(scaling, "draw_lines", self.draw_lines)
+
+    def probe(self, world_size: int, device: Device) -> Link:
+        self.probed.append(world_size)
+        return Link(world_size, 300.0, 10.0)
 
     def run_trial(self, overrides: Sequence[str], run_dir: Path, *, world_size: int, **_: Any) -> Trial:
         self.tried.append(run_dir.name)
@@ -293,6 +307,39 @@ def test_figures_of_gpus_stay(
     rows, started, _ = host.call("scaling.world_sizes=[1,2]")
     assert started == []
     assert len(rows[1]["cards_tokens_per_s"]) == 4  # more than asked for
+
+
+def test_rows_of_other_gpus_are_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank r runs on the r-th that is visible: the first two stay in the second call, the first in the third."""
+    host = Host(monkeypatch, tmp_path, gpu0=100, gpu1=90, gpu2=80, gpu3=70)
+    calls = "scaling.each_card=false", SIZES
+    rows, *_ = host.call(*calls)
+    assert rows[2]["devices"] == ["uuid-0", "uuid-1"]
+    assert host.call(*calls)[1] == []
+    identify(monkeypatch, 0, 1, 3, 2)
+    rows, started, _ = host.call(*calls)
+    assert started == ["zero1_4"]
+    assert "1 of its 3 rows are of other batches or GPUs; moved to" in capsys.readouterr().out
+    assert rows[4]["devices"] == ["uuid-0", "uuid-1", "uuid-3", "uuid-2"]
+    identify(monkeypatch, 0, 2, 1, 3)
+    assert host.call("scaling.each_card=false", "scaling.world_sizes=[1,2]")[1] == ["zero1_2"]
+    identify(monkeypatch, 2, 0)  # 4 processes there are none any more, and none of 1 and 2 on these
+    rows, started, _ = host.call("scaling.each_card=false", "scaling.world_sizes=[1,2]")
+    assert started == ["zero1_1", "zero1_2"]
+    assert set(rows) == {1, 2}
+    assert host.probed == [4, 4, 2, 2]  # links are between the same GPUs
+
+
+def test_each_gpus_own_figure_is_of_that_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where CUDA_VISIBLE_DEVICES calls another by its name, as on another host."""
+    host = Host(monkeypatch, tmp_path, gpu0=100, gpu1=90)
+    rows, *_ = host.call("scaling.world_sizes=[1,2]")
+    assert rows[1]["devices"] == ["uuid-0", "uuid-1"]
+    identify(monkeypatch, 0, 7)
+    _, started, _ = host.call("scaling.world_sizes=[1,2]")
+    assert started == ["zero1_1_card_0 on 0", "zero1_1_card_1 on 1", "zero1_2"]
 
 
 def test_one_trial_alone_if_the_user_wants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

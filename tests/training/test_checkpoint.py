@@ -22,13 +22,15 @@ from safetensors import safe_open
 
 from configs.messages import plain
 from configs.schema import MixtureSource, Packing, Precision, RunConfig, Source
+from model import build_model, init
 from tests.training.conftest import equal, make_engine, make_model, masters, run_config, state_of, train
 from training import checkpoint, rng, shards
 from training.backend import DTYPES
+from training.batch import resolve_batch
 from training.checkpoint import CheckpointError
 from training.differences import ABSENT, compare_configs
 from training.distributed import Processes
-from training.engine import Engine
+from training.engine import Engine, build_engine
 from training.optimizer import fp16_scale
 from training.resume import resume
 from training.run import RunFolder
@@ -83,6 +85,45 @@ def test_resume_is_bitwise(build: Build, tmp_path: Path, stage: int, offload: di
     assert not loaded.messages
     assert train(other, 3, 6) == results
     assert equal(state_of(other), state)
+
+
+@pytest.mark.parametrize(("stage", "offload"), LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_replaces_all_of_weights_that_were_not_drawn(
+    build: Build,
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stage: int,
+    offload: dict[str, bool],
+    precision: str,
+) -> None:
+    """NaN everywhere before: in masters, moments and the model's own weights none is left."""
+    one = build(stage, precision, **offload)
+    train(one, 0, 3)
+    save(one, tmp_path, 3)
+    expected, state = logits(one.module.eval()), state_of(one)
+    results = train(one, 3, 6)
+    with torch.device("meta"):
+        model = build_model(one.config.model)
+    plain = torch.nn.Module.to_empty
+
+    def to_empty(self: torch.nn.Module, **keys: Any) -> torch.nn.Module:
+        for parameter in (made := plain(self, **keys)).parameters(recurse=False):
+            parameter.data.fill_(torch.nan)
+        return made
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", to_empty)
+    monkeypatch.setattr(init, "normal_", lambda *_: pytest.fail("weights are drawn"))
+    other = build_engine(model, one.config, resolve_batch(one.config.train, 1), processes, draw=False)
+    try:
+        assert all(weight.isnan().all() for weight in masters(other).values())
+        assert checkpoint.load(other, tmp_path) is not None
+        assert equal(state_of(other), state)
+        assert torch.equal(logits(other.module.eval()), expected)
+        assert train(other, 3, 6) == results
+    finally:
+        other.close()
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -11,9 +11,20 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import Device
+from data.cpus import available_cpus, cpu_quotas, own_cpus
+from model.init import host_threads
 from tests.ranks import on_ranks
 from training import distributed
-from training.distributed import Launch, Processes, detect_launch, first_node, pick_device, share_of
+from training.distributed import (
+    Launch,
+    Place,
+    Processes,
+    detect_launch,
+    first_node,
+    keep_to_quota,
+    pick_device,
+    share_of,
+)
 
 
 def test_no_launcher() -> None:
@@ -85,8 +96,38 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_shares_of_a_hosts_cpus(places: list[tuple[str, range]], shares: list[int]) -> None:
-    sets = [(host, frozenset(cpus)) for host, cpus in places]
+    sets = [Place(host, frozenset(cpus)) for host, cpus in places]
     assert [share_of(rank, sets) for rank in range(len(sets))] == shares
+
+
+@pytest.mark.parametrize(
+    ("quotas", "shares"),
+    [
+        ([{7: 8}] * 4, [2] * 4),  # one container
+        ([{7: 6}] * 4, [2] * 4),  # a part of a CPU is one
+        ([{1: 3}, {2: 5}, {}], [3, 5, 21]),  # a container each, and a rank outside
+        ([{1: 3, 9: 4}, {2: 6, 9: 4}], [2, 2]),  # of a job that is limited as well
+        ([{7: 1}] * 4, [1] * 4),
+        ([{7: 400}] * 2, [32] * 2),
+    ],
+)
+def test_shares_of_a_quota(quotas: list[dict[int, int]], shares: list[int]) -> None:
+    own = [Place("a", frozenset(range(64)), {group: Fraction(n) for group, n in each.items()}) for each in quotas]
+    others = [Place("b", frozenset(range(64)), {7: Fraction(1)})] * 3  # the inode of another host
+    assert [share_of(rank, [*own, *others]) for rank in range(len(own))] == shares
+
+
+def test_pytorch_keeps_to_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_threads(6):
+        for available, environment, expected in (
+            (8, {}, 6),
+            (4, {"OMP_NUM_THREADS": "6"}, 6),
+            (4, {"MKL_NUM_THREADS": "6"}, 6),
+            (4, {}, 4),
+        ):
+            monkeypatch.setattr(distributed, "available_cpus", lambda number=available: number)
+            keep_to_quota(environment)
+            assert torch.get_num_threads() == expected
 
 
 def test_alone(processes: Processes) -> None:
@@ -96,7 +137,7 @@ def test_alone(processes: Processes) -> None:
     assert processes.any(True)
     assert not processes.any(False)
     processes.barrier()
-    assert processes.cpu_share() == len(os.sched_getaffinity(0))
+    assert processes.cpu_share() == available_cpus()
     value = torch.ones(2)
     dist.all_reduce(value)
     assert value.tolist() == [1.0, 1.0]
@@ -125,5 +166,5 @@ def talk() -> dict[str, Any]:
 
 def test_two_processes() -> None:
     same = {"broadcast": "from 0", "gather": [0, 10], "any of last": True, "any of none": False, "sum": 3.0}
-    same["cpus"] = max(1, len(os.sched_getaffinity(0)) // 2)
+    same["cpus"] = share_of(0, [Place("here", own_cpus(), cpu_quotas())] * 2)
     assert on_ranks(2, talk) == [{"rank": 0, "main": True, **same}, {"rank": 1, "main": False, **same}]

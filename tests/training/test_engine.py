@@ -392,12 +392,14 @@ def test_weights_sharded_while_drawn_are_those_of_a_whole_model(
     whole: list[int] = []
     plain = GPT.materialise
 
-    def materialise(model: GPT, device: str, each: Callable[[nn.Module], None], dtype: torch.dtype) -> GPT:
+    def materialise(
+        model: GPT, device: str, each: Callable[[nn.Module], None], dtype: torch.dtype, *, draw: bool
+    ) -> GPT:
         def counted(module: nn.Module) -> None:
             whole.append(sum(p.numel() for p in model.parameters() if not p.is_meta))
             each(module)
 
-        return plain(model, device, counted, dtype)
+        return plain(model, device, counted, dtype, draw=draw)
 
     monkeypatch.setattr(GPT, "materialise", materialise)
     found = []

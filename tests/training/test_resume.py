@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from configs.errors import UserError
 from configs.schema import MixtureSource, Packing, RunConfig, Source
 from data import PreparedData, TokenLoader, prepare, prepare_tokenizer
 from tests.data.conftest import jsonl_config, make_texts, write_jsonl
 from tests.training.conftest import Build, run_config
 from training import checkpoint
 from training.engine import Engine
-from training.resume import resume
+from training.resume import finds_checkpoint, resume
 from training.run import RunFolder
 from training.state import TrainState
 
@@ -88,6 +90,27 @@ def test_unchanged_keys_leave_all_as_it_was(saved: Engine, tmp_path: Path) -> No
     assert state == checkpoint.read_manifest(checkpoint.find_checkpoint(tmp_path)).state
     assert state.consumed_samples == SEEN
     assert said.warnings == []
+
+
+@pytest.mark.parametrize("resume_key", ["auto", "never", "{}"])
+def test_initial_weights_are_needed_where_there_is_no_checkpoint(
+    saved: Engine, tmp_path: Path, resume_key: str
+) -> None:
+    config, own = copy.deepcopy(saved.config), saved.processes
+    config.resume = resume_key.format(tmp_path)
+    assert finds_checkpoint(config, RunFolder(tmp_path), own) == (resume_key != "never")
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert not finds_checkpoint(config, RunFolder(tmp_path), own)
+
+
+def test_checkpoints_that_go_while_the_run_begins_leave_nothing_to_begin_with(saved: Engine, tmp_path: Path) -> None:
+    config = copy.deepcopy(saved.config)
+    prepared, said = prepare(config.data), cast(Any, Said())
+    (tmp_path / "empty").mkdir()
+    given = (saved, config, RunFolder(tmp_path / "empty"), prepared, loader_of(config, prepared), said)
+    assert resume(*given).origin is None
+    with pytest.raises(UserError, match="went while the run began"):
+        resume(*given, drawn=False)
 
 
 @pytest.mark.parametrize("length", [8, 16, 48, 64, 128])

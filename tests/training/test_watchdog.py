@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +17,8 @@ import pytest
 import torch.distributed as dist
 
 from configs.errors import UserError
-from training import watchdog
+from training import backstop, children, watchdog
+from training.backstop import Backstop
 from training.distributed import Processes
 from training.watchdog import (
     GONE,
@@ -63,8 +67,91 @@ def test_a_hang_ends_with_stacks_and_a_code_of_its_own() -> None:
 def test_a_hang_that_holds_pythons_lock_ends_as_well() -> None:
     """`PyDLL` keeps the lock during the call, so no other thread of Python runs."""
     result = run("dog.beat(); time.sleep(0.3); ctypes.PyDLL(None).sleep(30)")
-    assert result.returncode == 1
+    assert result.returncode == -signal.SIGALRM
+    assert "gave no sign of life" in result.stderr
     assert "in stuck" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("whole", "then", "code"),
+    [
+        (True, "pass", 0),
+        (False, "pass", 0),
+        (True, "time.sleep(30)", HANG_EXIT_CODE),
+        (False, "ctypes.PyDLL(None).sleep(30)", -signal.SIGALRM),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on(whole: bool, then: str, code: int) -> None:
+    """After three times what even the backstop allows; later hangs are found as ever. `whole`: all its processes are
+    stopped, as by SLURM, and else it alone."""
+    step = "[time.sleep(0.02) for _ in range(15)]; dog.beat(); "  # no sleep that is over as it wakes
+    body = f"dog.beat(); print('working', flush=True); {step}{step}"
+    script = SCRIPT.format(body=body + then, minutes=0.01, setup="")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        send = os.killpg if whole else os.kill
+        send(process.pid, signal.SIGSTOP)
+        time.sleep(3.3)
+        send(process.pid, signal.SIGCONT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code, out + err
+    assert ("got to the end" in out) == (code == 0)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "pass"])
+def test_nothing_is_left_of_the_backstop(end: str) -> None:
+    """However the run ends, and also while a fork of it lives on with the pipe."""
+    setup = "import os, psutil, signal"
+    body = "dog.beat(); time.sleep(0.2); print(psutil.Process().children()[0].pid, flush=True)\n"
+    body += "    (os.fork() or time.sleep(20) or os._exit(0))\n" if "kill" in end else ""
+    script = SCRIPT.format(body=body + f"    {end}", minutes=0.01, setup=setup)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True, start_new_session=True) as process:  # fmt: skip
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.wait(timeout=20)
+        children.wait_for(children.family(pid))
+        assert not any(map(children.is_alive, children.family(pid)))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_without_room_for_another_process_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(backstop.subprocess, "Popen", fail)
+    before = signal.getsignal(signal.SIGALRM)
+    with Backstop(1.0, 0.1) as one:
+        one.alive()
+    assert "no further process starts" in caplog.text
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_which_processes_are_stopped() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert not backstop.is_stopped(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 10
+        while not backstop.is_stopped(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert backstop.is_stopped(process.pid)
+        process.kill()
+    assert not backstop.is_stopped(process.pid)  # gone
+
+
+def test_signals_to_all_processes_leave_the_backstop() -> None:
+    setup = "import psutil, signal"
+    signals = "for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP): one.send_signal(n)"
+    body = f"dog.beat(); time.sleep(0.2); one = psutil.Process().children()[0]\n    {signals}\n"
+    result = run(body + "    time.sleep(0.1); ctypes.PyDLL(None).sleep(30)", setup=setup)
+    assert result.returncode == -signal.SIGALRM, result.stdout + result.stderr
+    killed = run(body + "    one.kill(); [(dog.beat(), time.sleep(0.05)) for _ in range(24)]", setup=setup)
+    assert (killed.returncode, killed.stdout.strip()) == (0, "got to the end"), killed.stdout + killed.stderr
 
 
 NO_ALARM = """
