@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.hopper import gluon_backward, gluon_backward_wide, gluon_forward, pieces, rings, tiles
+from kernels.attention.hopper import gluon_backward, gluon_backward_wide, gluon_forward, pieces, rings, sums, tiles
 
 HANG_S = 60.0
 WARP_THREADS = 32
@@ -82,11 +82,13 @@ class Barrier:
 
     def __init__(self, cta: Cta) -> None:
         self.cta, self.phase, self.count, self.pending, self.bytes = cta, 0, 0, 0, 0
+        self.used = False
 
     def init(self, count: int) -> None:
         self.count = self.pending = count
 
     def change(self, arrivals: int, extra_bytes: int) -> None:
+        self.used = True
         with self.cta.changed:
             self.pending -= arrivals
             self.bytes += extra_bytes
@@ -98,6 +100,7 @@ class Barrier:
             self.cta.changed.notify_all()
 
     def wait(self, phase: int) -> None:
+        self.used = True
         self.cta.wait_for(lambda: self.phase != int(phase), "an mbarrier")
 
 
@@ -140,9 +143,20 @@ class Barriers:
 
     def __init__(self, cta: Cta, count: int) -> None:
         self.barriers = [Barrier(cta) for _ in range(count)]
+        cta.barriers.append(self)
+
+    @property
+    def used(self) -> bool:
+        return any(barrier.used for barrier in self.barriers)
 
     def index(self, i: int) -> Barrier:
         return self.barriers[int(i)]
+
+
+def _memory_behind(tensor: Tensor) -> Tensor:
+    """All memory from where ``tensor`` starts, in its elements."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage[tensor.storage_offset() :]
 
 
 class Pointer:
@@ -154,8 +168,16 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.tensor, self.offset + other)
 
+    def to(self, dtype: torch.dtype, bitcast: bool) -> Pointer:
+        """A pointer to words of 32 bits at the same place."""
+        assert bitcast
+        assert self.tensor.element_size() == 2
+        assert int(self.offset) % 2 == 0, "a word that is not aligned"
+        flat = self.flat()
+        return Pointer(flat[: len(flat) // 2 * 2].view(dtype), self.offset // 2)
+
     def flat(self) -> Tensor:
-        return self.tensor.view(-1)
+        return _memory_behind(self.tensor)
 
 
 class Descriptor:
@@ -184,9 +206,7 @@ class Descriptor:
 
     def elements(self) -> Tensor:
         """The memory behind the base address, in elements."""
-        base = self.host.base
-        storage = torch.empty(0, dtype=base.dtype).set_(base.untyped_storage())
-        return storage[base.storage_offset() :]
+        return _memory_behind(self.host.base)
 
 
 class Cta:
@@ -197,6 +217,7 @@ class Cta:
         self.failure: BaseException | None = None
         self.named: dict[int, list[int]] = defaultdict(lambda: [0, 0])  # id -> [threads arrived, generation]
         self.local = threading.local()
+        self.barriers: list[Barriers] = []
         self.program, self.programs, self.num_warps = program, programs, num_warps
 
     def wait_for(self, ready: Callable[[], bool], what: str) -> None:
@@ -275,9 +296,10 @@ def _store(pointer: Pointer, x: Any, mask: Tensor | None = None) -> None:
     pointer.flat()[pointer.offset[keep].as_subclass(Tensor)] = x[keep].as_subclass(Tensor)
 
 
-def _atomic_add(pointer: Pointer, x: int) -> Int:
-    old = _load(pointer)
-    _store(pointer, int(old) + x)
+def _atomic_add(pointer: Pointer, x: int, sem: str = "acq_rel") -> Int:
+    with _memory:
+        old = _load(pointer)
+        _store(pointer, int(old) + x)
     return old
 
 
@@ -311,14 +333,14 @@ class Products:
         return deps[0] if len(deps) == 1 else deps
 
 
-def _pack(args: list[Tensor], dtype: torch.dtype) -> Tensor:
-    low, high = (x.as_subclass(Tensor).to(dtype).view(torch.int16).to(torch.int32) for x in args)
+def _pack_pairs(even: Tensor, odd: Tensor, dtype: torch.dtype) -> Tensor:
+    low, high = (x.as_subclass(Tensor).to(dtype).view(torch.int16).to(torch.int32) for x in (even, odd))
     return value((high << 16) | (low & 0xFFFF))
 
 
 _memory = threading.Lock()
 reductions: list[tuple[int, int]] = []
-"""(first coordinate, CTA) of every addition to dQ sums, or store, of the last launch, in the order in which memory saw
+"""(first coordinate, tile) of every addition to dQ sums, or store, of the last launch, in the order in which memory saw
 them."""
 
 
@@ -342,7 +364,7 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         offset, inside = desc.place(coords)
         if len(coords) == 2:  # dQ sums
             delay()
-            reductions.append((int(coords[0]), int(cta.program)))
+            reductions.append((int(coords[0]), int(cta.local.tile)))
         desc.elements()[offset[inside]] = tile.data[inside]
 
     def tma_reduce_add(desc: Descriptor, coords: list[int], tile: Shared) -> None:
@@ -350,7 +372,7 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         delay()
         with _memory:
             desc.elements()[offset[inside]] += tile.data[inside]
-            reductions.append((int(coords[0]), int(cta.program)))
+            reductions.append((int(coords[0]), int(cta.local.tile)))
 
     def delay() -> None:
         if resident > 1:
@@ -359,10 +381,6 @@ def _namespace(cta: Cta) -> dict[str, Any]:
     def pass_turn(turn: Pointer) -> None:
         with _memory:
             _store(turn, int(_load(turn)) + 1)
-
-    def asm(text: str, _: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
-        assert text.startswith("cvt.rn."), text
-        return _pack(args, torch.bfloat16 if "bf16x2" in text else torch.float16)
 
     def products() -> Products:
         if not hasattr(cta.local, "products"):
@@ -383,7 +401,8 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         max=lambda x, axis: Int(x.max()) if x.dtype == torch.int32 else value(x.amax(axis)),
         sum=lambda x, axis: value(x.sum(axis)), convert_layout=lambda x, *_, **__: x,
         split=lambda x: (x[..., 0], x[..., 1]), join=lambda a, b: torch.stack((a, b), -1),
-        inline_asm_elementwise=asm, allocate_shared_memory=allocate, warp_specialize=cta.specialize,
+        pointer_type=lambda dtype: dtype, to_tensor=Int,
+        allocate_shared_memory=allocate, warp_specialize=cta.specialize,
         NVMMADistributedLayout=lambda *_: None, DotOperandLayout=lambda *_: None, SliceLayout=lambda *_: None,
         BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
         NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *_: None),
@@ -401,6 +420,8 @@ def _namespace(cta: Cta) -> dict[str, Any]:
         "warpgroup_mma": lambda *args, **kwargs: products().mma(*args, **kwargs),
         "warpgroup_mma_wait": lambda n, deps: products().wait(n, deps), "fence_async_shared": lambda: None,
         "partition_barrier": lambda: None,
+        "pack_pairs": _pack_pairs,
+        "wait_count": lambda counter, n: cta.poll(lambda: int(_load(counter)) >= int(n), f"{int(n)} key blocks"),
         "pass_turn": pass_turn, "wait_previous_kernel": lambda: None, "opaque_zero": lambda: Int(0),
         "wait_turn": lambda turn, rank: cta.poll(lambda: int(_load(turn)) >= int(rank), f"turn {int(rank)}"),
         "named_barrier_sync": lambda i, n: cta.named_barrier(i, n, True),
@@ -412,6 +433,16 @@ def _namespace(cta: Cta) -> dict[str, Any]:
 
 def _device_range(*args: int) -> Any:
     return map(Int, range(*map(int, args)))
+
+
+def _noting_tiles(decode: Callable[..., Any], cta: Cta) -> Callable[..., Any]:
+    """``decode_tile`` that also notes the tile that the partition is at."""
+
+    def decode_tile(t: int, *args: Any) -> Any:
+        cta.local.tile = t
+        return decode(t, *args)
+
+    return decode_tile
 
 
 def _rebind(module: Any, names: dict[str, Any]) -> dict[str, Any]:
@@ -443,7 +474,7 @@ class EmulatedKernel:
     """Stands for a compiled kernel, ``kernel[grid](**arguments)``, which uses device functions of ``libraries``."""
 
     def __init__(self, module: Any, name: str, *libraries: Any) -> None:
-        self.module, self.name, self.libraries = module, name, (rings, tiles, pieces, *libraries)
+        self.module, self.name, self.libraries = module, name, (tiles, rings, pieces, sums, *libraries)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(
@@ -457,14 +488,21 @@ class EmulatedKernel:
             args = {key: _argument(x) for key, x in kwargs.items()}
             reductions.clear()
 
-            def run(program: int) -> None:
-                names = _namespace(Cta(program, grid[0], num_warps))
+            def run(program: int) -> list[bool]:
+                cta = Cta(program, grid[0], num_warps)
+                names = _namespace(cta)
                 for library in self.libraries:
                     names |= {k: v for k, v in _rebind(library, names).items() if callable(v) or k.isupper()}
+                    if library is tiles:
+                        names["decode_tile"] = _noting_tiles(names["decode_tile"], cta)
                 _rebind(self.module, names)[self.name](**args)
+                return [barriers.used for barriers in cta.barriers]
 
             with ThreadPoolExecutor(resident) as multiprocessors:
-                list(multiprocessors.map(run, start_order(grid[0])))
+                used = list(multiprocessors.map(run, start_order(grid[0])))
+            idle = [number for number, by_cta in enumerate(zip(*used, strict=True)) if not any(by_cta)]
+            if idle and any(map(any, used)):
+                raise AssertionError(f"mbarriers number {idle} are used by nobody: see rings.make_barrier")
 
         return launch
 

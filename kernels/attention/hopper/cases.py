@@ -93,8 +93,10 @@ def backward_source(
     mask: str,
     varlen: bool,
     order: str = "free",
+    rounds: bool = False,
 ) -> ASTSource:
-    """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic."""
+    """The backward kernel in one configuration; ``order`` of dQ's sums: free, first_stores or deterministic;
+    ``rounds``: it writes dQ itself."""
     left, right = _MASKS[mask]
     ones = [1, 1, 1] if varlen else [1, 1]
     block_m, block_n = tile.queries, tile.block_n
@@ -122,10 +124,17 @@ def backward_source(
         "DETERMINISTIC": order == "deterministic",
         "PDL": tile.pdl and not varlen,
     }
-    absent = ({} if varlen else {"sched": None, "cu_q": None, "cu_k": None}) | (
-        {} if order != "free" else {"turns": None}
-    )
+    absent: dict[str, None] = {} if varlen else {"sched": None, "cu_q": None, "cu_k": None}
+    if order == "free" and not rounds:
+        absent |= {"turns": None}
     if not isinstance(tile, tuning.WideBackwardTile):
+        types |= {"sums": "*fp32", "dq": f"*{dtype}"} | _integers("num_turns", "num_counts", "lag", "stride_qb")
+        types |= dict.fromkeys(("stride_qs", "stride_qh"), "i32")
+        constants |= {
+            "ROUNDS": rounds,
+            "HEAD_DIM": width,
+        }
+        absent |= {} if rounds else {"sums": None, "dq": None}
         return source(backward_kernel, types, constants | absent)
     if "q_tail" not in types:
         absent |= dict.fromkeys(f"{name}_tail" for name in rows)
@@ -183,13 +192,19 @@ def _backward_cases(width: int, tile: tuning.BackwardTile | tuning.WideBackwardT
         for order in ("first_stores", "deterministic") if dtype == "bf16" else ():
             make = _bind(backward_source, width, tile, dtype, mask, varlen, order)
             cases.append(CompileCase(name.replace("[", f"_{order}[", 1), make, tile.num_warps))
+        if getattr(tile, "rounds_keys", 0) and mask in ("full", "causal") and not varlen:
+            for order in ("free", "first_stores", "deterministic") if dtype == "bf16" else ("first_stores",):
+                make = _bind(backward_source, width, tile, dtype, mask, varlen, order, True)
+                kind = "rounds" if order == "free" else f"rounds_{order}"
+                cases.append(CompileCase(name.replace("[", f"_{kind}[", 1), make, tile.num_warps))
     return cases
 
 
 def _small_cases(width: int, tile: tuning.BackwardTile | tuning.WideBackwardTile) -> list[CompileCase]:
     """The kernels before and after the backward's."""
     common = {"D": width, "HEAD_DIM": width, "BLOCK_M": tile.queries, "VARLEN": True, "PDL": False}
-    before, after = {"BLOCK": 64, "HAS_DLSE": True}, {"COLUMN_WARPGROUPS": tile.column_warpgroups}
+    before = {"BLOCK": 64, "HAS_DLSE": True, "FIRST_STORES": False, "ROUNDS": False}
+    after = {"COLUMN_WARPGROUPS": tile.column_warpgroups}
     suffix = "" if width == 128 else f"[d{width}]"
     small: dict[str, tuple[Any, dict[str, Any], int]] = {
         "preprocess": (backward_preprocess, common | before, tile.preprocess_warps),

@@ -70,6 +70,14 @@ def wait_previous_kernel():
 
 
 @gluon.jit
+def pack_pairs(even, odd, DTYPE: gl.constexpr):
+    """fp32 ``even`` and ``odd`` as pairs of 16-bit floats in int32, ``even`` in the lower half."""
+    IS_BF16: gl.constexpr = DTYPE == gl.bfloat16  # noqa: SIM300
+    asm: gl.constexpr = ("cvt.rn.bf16x2.f32" if IS_BF16 else "cvt.rn.f16x2.f32") + " $0, $2, $1;"
+    return gl.inline_asm_elementwise(asm, "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def opaque_zero():
     """0, of which the compiler knows nothing: an address made with it is computed there, not before the loop."""
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -82,9 +90,24 @@ def wait_turn(turn, rank):
     copy engine too."""
     gl.inline_asm_elementwise(
         "{ .reg .pred %again; .reg .s32 %seen; POLL: ld.acquire.gpu.global.s32 %seen, [$1]; "
-        "setp.lt.s32 %again, %seen, $2; @%again bra POLL; fence.proxy.async; mov.u32 $0, 0; }",
+        "setp.lt.s32 %again, %seen, $2; @%again bra POLL; fence.proxy.async.global; mov.u32 $0, 0; }",
         "=r,l,r",
         [turn, rank],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def wait_count(counter, count):
+    """``wait_turn`` for waits that may take long, in a partition of any size."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred %again; .reg .s32 %seen; POLL: ld.acquire.gpu.global.s32 %seen, [$1]; "
+        "setp.ge.s32 %again, %seen, $2; @%again bra DONE; nanosleep.u32 200; bra POLL; "
+        "DONE: fence.proxy.async.global; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [counter, count],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -98,7 +121,7 @@ def pass_turn(turn):
     ``tma.store_wait`` waits only until their sources have been read. Any lane may have issued them: each waits for its
     own, then one of them speaks for the warp."""
     gl.inline_asm_elementwise(
-        "{ .reg .pred %first; .reg .u32 %lane; cp.async.bulk.wait_group 0; fence.proxy.async; bar.warp.sync -1; "
+        "{ .reg .pred %first; .reg .u32 %lane; cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.warp.sync -1; "
         "mov.u32 %lane, %laneid; setp.eq.u32 %first, %lane, 0; @%first red.release.gpu.global.add.s32 [$1], 1; "
         "mov.u32 $0, 0; }",
         "=r,l",

@@ -64,16 +64,17 @@ def backward_preprocess(
     out, dout,  # [B, Sq, H, D] or [total, H, D]
     lse, dlse,  # fp32, natural log, [B, H, Sq] or [H, total], and its gradient or None
     lse_log2, delta, sums,  # scratch: see the module docstring
-    turns,  # int32 [rows, padded / 64], or None
+    turns,  # int32: num_turns, then one a row, num_counts together, then one; or None
     cu_q,  # int32 [B + 1]; varlen only
     stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh, stride_lb, stride_lh, stride_gb, stride_gh,
-    seqlen_q, padded, num_heads, num_blocks,
+    seqlen_q, padded, num_heads, num_blocks, num_turns, num_counts,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_DLSE: tl.constexpr, PDL: tl.constexpr,
+    HAS_DLSE: tl.constexpr, FIRST_STORES: tl.constexpr, ROUNDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums (or a zeroed turn, which says that there are
-    none yet), for BLOCK queries; also past a sequence's end, as far as its last block of BLOCK_M queries reaches. PDL:
-    the main kernel may start beside this one.
+    """delta = rowsum(dO ∘ O) - dLSE, LSE in log2 units, and zeroed dQ sums (FIRST_STORES: a zeroed turn, which says
+    that there are none yet), for BLOCK queries; also past a sequence's end, as far as its last block of BLOCK_M queries
+    reaches. ROUNDS: zeroed counts of the key blocks that have added theirs and of the tiles that were taken. PDL: the
+    main kernel may start beside this one.
 
     The derivative of LSE with respect to S is P, so its gradient enters dS = P ∘ (dP - delta) through delta.
     Rows that saw no key, and padding rows, get LSE = +inf: their P is 0.
@@ -81,6 +82,9 @@ def backward_preprocess(
     if PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
+    if ROUNDS:  # noqa: SIM102 (a constexpr)
+        if pid == 0:
+            tl.store(turns + num_counts, 0)
     bh = pid // num_blocks
     m0 = (pid % num_blocks) * BLOCK
     b, h, start, length, row, column = _locate(bh, num_heads, cu_q, seqlen_q, VARLEN)
@@ -109,13 +113,16 @@ def backward_preprocess(
         tl.store(lse_log2 + place, value)
         tl.store(delta + place, total)
         first = row.to(tl.int64) * padded + column + m0
-        if turns is None:
+        if FIRST_STORES:
+            tl.static_assert(BLOCK == 64)
+            tl.store(turns + first // BLOCK, 0)
+        else:
             for d0 in tl.static_range(0, D, PIECE):
                 zero = tl.zeros((BLOCK * PIECE,), tl.float32)
                 tl.store(sums + first * D + BLOCK * d0 + tl.arange(0, BLOCK * PIECE), zero)
-        else:
-            tl.static_assert(BLOCK == 64)
-            tl.store(turns + first // BLOCK, 0)
+        if ROUNDS:  # noqa: SIM102 (a constexpr)
+            if m0 == 0:
+                tl.store(turns + num_turns + row, 0)
 
 
 @triton.jit

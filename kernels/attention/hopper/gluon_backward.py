@@ -8,7 +8,7 @@ FlashAttention-2's algorithm 2 (arXiv 2307.08691). S and dP are computed transpo
 each thread holds Pᵀ and dSᵀ exactly where the tensor cores want the left operand of dV and dK, and only dS
 goes through shared memory, once, for dQ. A producer warp loads Q, dO and the statistics; another hands dQ
 tiles to the copy engine, which adds them to global memory. The factor c is applied once: to dK here, to dQ
-when its buffer is converted (elementwise.py).
+when its sums are rounded (below, or elementwise.py).
 
 Who does what. A CTA owns one key block (BN = 128 keys of one key head) and walks through the query blocks that see it,
 for each query head of the group. K and V stay in shared memory, Q and dO pass through rings:
@@ -16,6 +16,7 @@ for each query head of the group. K and V stay in shared memory, Q and dO pass t
     producer   1 warp     Q + LSE, dO + delta, K, V to shared memory with the copy engine (TMA)
     consumer   8 warps    two warpgroups of 64 keys: S, P, dP, dS, dV, dK; together dQ of the query block
     reducer    1 warp     dQ from shared memory to its fp32 sums in global memory (TMA, store or add)
+    fetcher    1 warp     finished sums back to shared memory; ROUNDS only: sums.py
 
     producer == K, V (once), Q + LSE (ring), dO + delta (ring) ==> consumer == dQ ==> reducer == add ==> sums
                                                                   consumer == dK, dV, at the end ==> global memory
@@ -31,11 +32,16 @@ What guards what. rings.py explains full, empty and phases; ``step`` counts quer
     q_full/q_empty   a stage of Q and LSE. Empty: dK of this block is done
     do_full/do_empty a stage of dO and delta. Empty: dV of this block is done
     dq_full/dq_empty dQ lies in shared memory / the copy engine has read it
+    ROUNDS:
+    sums_full/sums_empty  finished sums lie in shared memory / have been rounded
+    kv_empty         dK and dV have left K's and V's buffers
+    slot_full/slot_empty  the number of the next tile / has been read by the three others
     partition barrier  both warpgroups' halves of dS lie in shared memory, before dQ reads them
 
 With NAMED, hardware barriers take the place of q_empty, do_empty and dq_full, from Q_BARRIER, DO_BARRIER and
 DQ_BARRIER on. What has to hold, or the kernel hangs: producer, consumer and reducer make the same steps in the same
-order (``locate_keys`` and ``visit``, which all of them call), and a step takes and releases each stage once.
+order (``locate_keys`` and ``visit``, which all of them call), and a step takes and releases each stage once. With
+ROUNDS a CTA takes one key block after the other (sums.py), and steps are counted on.
 
 Layout: q, dO [B, H, Sq, D], k, v, dk, dv [B, Hk, Sk, D] through descriptors with the caller's strides (see
 tiles.py for varlen); statistics fp32 [rows, padded queries] and dQ sums fp32 [rows, padded queries, D], where
@@ -79,20 +85,25 @@ from kernels.attention.hopper.compat import (
     wait_turn,
 )
 from kernels.attention.hopper.pieces import PIECE, one_of
-from kernels.attention.hopper.rings import await_empty, await_full, release
+from kernels.attention.hopper.rings import await_empty, await_full, claim_tile, make_barrier, release, told_tile
+from kernels.attention.hopper.sums import (
+    SUM_COLUMNS,
+    TILE,
+    Rounding,
+    in_register_order,
+    in_register_order_of_pairs,
+    round_parts,
+    scratch_coordinates,
+    sums_fetcher,
+)
 from kernels.attention.hopper.tiles import (
     decode_tile,
     load_tile,
-    padded_start,
     sequence,
     store_tile,
     visible_queries,
 )
 
-TILE = gl.constexpr(64)
-"""Queries of one copy of Q, dO or the statistics, and of one count of turns."""
-SUM_COLUMNS = gl.constexpr(256)
-"""Columns of the memory that holds dQ's sums: 64 x D of them are D / 4 rows."""
 Q_BARRIER = gl.constexpr(8)
 DO_BARRIER = gl.constexpr(11)
 DQ_BARRIER = gl.constexpr(14)
@@ -135,6 +146,10 @@ class Buffers(NamedTuple):
     """[BM, BN]: the consumer's warpgroups meet here for dQ."""
     dq: Any
     """fp32, BM x D in register order: from the consumer to the reducer."""
+    sums: Any
+    """Like dq: from the sums to the consumer. ROUNDS only."""
+    slot: Any
+    """int32 [2, 1]: numbers of tiles, used in turn. ROUNDS only."""
 
 
 class Barriers(NamedTuple):
@@ -147,6 +162,11 @@ class Barriers(NamedTuple):
     kv_full: Any
     dq_full: Any
     dq_empty: Any
+    sums_full: Any
+    sums_empty: Any
+    kv_empty: Any
+    slot_full: Any
+    slot_empty: Any
 
 
 class Problem(NamedTuple):
@@ -156,6 +176,8 @@ class Problem(NamedTuple):
     cu_q: Any
     cu_k: Any
     turns: Any
+    counter: Any
+    """int32: tiles that CTAs have taken. ROUNDS only."""
     num_n: Any
     num_tiles: Any
     section: Any
@@ -183,6 +205,8 @@ class Config(NamedTuple):
     FIRST_STORES: Any
     DETERMINISTIC: Any
     PDL: Any
+    ROUNDS: Any
+    HEAD_DIM: Any
     PAIRS: Any
     KV_REGISTERS: Any
     NAMED_Q: Any
@@ -246,15 +270,6 @@ def locate_keys(t, prob, C: gl.constexpr):
 
 
 @gluon.jit
-def scratch_coordinates(b, h, start_q, num_heads, VARLEN: gl.constexpr):
-    """(row, first column) of one head of one sequence in the statistics and in the dQ sums."""
-    if VARLEN:
-        return h, padded_start(start_q, b)
-    else:
-        return b * num_heads + h, 0
-
-
-@gluon.jit
 def visit(i, lo, hi, DESCENDING: gl.constexpr):
     """Query block number ``i``, lo <= i < hi, of a CTA's walk."""
     if DESCENDING:
@@ -292,6 +307,50 @@ def load_queries(descs, bufs, statistic_desc, statistic_bufs, bar, stage, h, row
 
 
 @gluon.jit
+def load_step(number, step, keys, descs, bufs, bars, prob, C: gl.constexpr):
+    """Starts the copies of Q, LSE, dO and delta for step ``number`` of a tile, ``step`` of all."""
+    blocks = keys.hi - keys.lo
+    h = keys.hk * prob.group + number // blocks
+    mb = visit(keys.lo + number % blocks, keys.lo, keys.hi, C.FIRST_STORES)
+    row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
+    stage = step % C.STAGES
+    await_empty(bars.q_empty, step, C.STAGES, C.NAMED_Q, HANDOVER)
+    load_queries(descs.q, bufs.q, descs.lse, bufs.lse, bars.q_full.index(stage), stage, h, row, column, mb, keys, C)
+    stage = step % C.DO_STAGES
+    await_empty(bars.do_empty, step, C.DO_STAGES, C.NAMED_DO, HANDOVER)
+    bar = bars.do_full.index(stage)
+    load_queries(descs.do, bufs.do, descs.delta, bufs.delta, bar, stage, h, row, column, mb, keys, C)
+
+
+@gluon.jit
+def persistent_producer(descs, bufs, bars, prob, rounding, C: gl.constexpr):
+    """One warp: takes tiles; of each, loads the first queries, then K and V once those before are no longer in use, and
+    the other queries."""
+    if C.PDL:
+        wait_previous_kernel()
+    n = 0
+    step = 0
+    t = claim_tile(bufs, bars, prob, 0)
+    while t < prob.num_tiles + rounding.lag:
+        if t < prob.num_tiles:
+            keys = locate_keys(t, prob, C)
+            n0 = keys.nb * C.BN
+            steps = prob.group * (keys.hi - keys.lo)
+            if steps > 0:
+                load_step(0, step, keys, descs, bufs, bars, prob, C)
+            mbarrier.wait(bars.kv_empty.index(0), (n & 1) ^ 1)
+            mbarrier.expect(bars.kv_full.index(0), C.BN * C.D * 2)
+            load_pieces(descs.k, bufs.k, bars.kv_full.index(0), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+            mbarrier.expect(bars.kv_full.index(1), C.BN * C.D * 2)
+            load_pieces(descs.v, bufs.v, bars.kv_full.index(1), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+            for number in range(1, steps):
+                load_step(number, step + number, keys, descs, bufs, bars, prob, C)
+            step += steps
+        n += 1
+        t = claim_tile(bufs, bars, prob, n)
+
+
+@gluon.jit
 def backward_producer(descs, bufs, bars, prob, C: gl.constexpr):
     """One warp: loads K and V once, then Q with LSE and dO with delta, in tiles of 64 queries, for each query block of
     each head of the group. PDL: the preprocess may still be running; everything it writes is read behind the first LSE.
@@ -325,41 +384,60 @@ def backward_producer(descs, bufs, bars, prob, C: gl.constexpr):
 
 
 @gluon.jit
-def backward_reducer(descs, bufs, bars, prob, C: gl.constexpr):
-    """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
-    next.
-    """
+def reduce_tile(t, step, descs, bufs, bars, prob, rounding, C: gl.constexpr):
+    """Adds the dQ of tile ``t``, the first of which is that of ``step``; returns the next tile's first step."""
     SUM_ROWS: gl.constexpr = C.BM * C.D // SUM_COLUMNS  # of a tile
-    t = gl.program_id(0)
-    num_tiles = count_tiles(prob, C.VARLEN)
-    if t < num_tiles:
-        keys = locate_keys(t, prob, C)
-        step = 0
-        for g in range(prob.group):
-            h = keys.hk * prob.group + g
-            row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
-            for i in range(keys.lo, keys.hi):
-                mb = visit(i, keys.lo, keys.hi, C.FIRST_STORES)
-                tile = (row * prob.padded + column + mb * C.BM) // C.BM
-                if C.NAMED_DQ > 0:
-                    ring_barrier_sync(C.NAMED_DQ, HANDOVER)
+    keys = locate_keys(t, prob, C)
+    for g in range(prob.group):
+        h = keys.hk * prob.group + g
+        row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
+        for i in range(keys.lo, keys.hi):
+            mb = visit(i, keys.lo, keys.hi, C.FIRST_STORES)
+            tile = (row * prob.padded + column + mb * C.BM) // C.BM
+            if C.NAMED_DQ > 0:
+                ring_barrier_sync(C.NAMED_DQ, HANDOVER)
+            else:
+                mbarrier.wait(bars.dq_full.index(0), step & 1)
+            if C.FIRST_STORES:
+                rank = keys.nb - first_keys(mb * C.BM, keys.Sq, keys.Sk, prob.wl, C.BN, C.LEFT)
+                if rank == 0:
+                    tma_store(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
                 else:
-                    mbarrier.wait(bars.dq_full.index(0), step & 1)
-                if C.FIRST_STORES:
-                    rank = keys.nb - first_keys(mb * C.BM, keys.Sq, keys.Sk, prob.wl, C.BN, C.LEFT)
-                    if rank == 0:
-                        tma_store(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
-                    else:
-                        wait_turn(prob.turns + tile * (C.BM // TILE), rank if C.DETERMINISTIC else 1)
-                        tma_reduce_add(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
-                else:
+                    wait_turn(prob.turns + tile * (C.BM // TILE), rank if C.DETERMINISTIC else 1)
                     tma_reduce_add(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
-                tma.store_wait(0)
-                mbarrier.arrive(bars.dq_empty.index(0), count=1)
-                if C.FIRST_STORES:  # noqa: SIM102 (a constexpr: without it there is no rank)
-                    if C.DETERMINISTIC or rank == 0:
-                        pass_turn(prob.turns + tile * (C.BM // TILE))
-                step += 1
+            else:
+                tma_reduce_add(descs.dq, [tile * SUM_ROWS, 0], bufs.dq)
+            tma.store_wait(0)
+            mbarrier.arrive(bars.dq_empty.index(0), count=1)
+            if C.FIRST_STORES:  # noqa: SIM102 (a constexpr: without it there is no rank)
+                if C.DETERMINISTIC or rank == 0:
+                    pass_turn(prob.turns + tile * (C.BM // TILE))
+            step += 1
+    if C.ROUNDS:
+        pass_turn(rounding.done + (keys.b * prob.num_heads_k + keys.hk) * prob.group)
+    return step
+
+
+@gluon.jit
+def backward_reducer(descs, bufs, bars, prob, rounding, C: gl.constexpr):
+    """One warp: adds each dQ tile to the fp32 sums with the copy engine, while the consumer computes the
+    next. ROUNDS: tells at the end that it has.
+    """
+    if C.ROUNDS:
+        n = 0
+        step = 0
+        t = told_tile(bufs, bars, 0, 1)
+        while t < prob.num_tiles:
+            step = reduce_tile(t, step, descs, bufs, bars, prob, rounding, C)
+            n += 1
+            t = told_tile(bufs, bars, n, 1)
+        while t < prob.num_tiles + rounding.lag:
+            n += 1
+            t = told_tile(bufs, bars, n, 1)
+    else:
+        t = gl.program_id(0)
+        if t < count_tiles(prob, C.VARLEN):
+            reduce_tile(t, gl.to_tensor(0), descs, bufs, bars, prob, rounding, C)
 
 
 @gluon.jit
@@ -413,25 +491,6 @@ def masked_scores(
         keep = keep & (j - (delta_n - wl) - 2 * lane >= 8 * a + e)
     masked = gl.where(keep, s4, float("-inf")).reshape((BN, BM))
     return gl.convert_layout(masked, TL, assert_trivial=True)
-
-
-@gluon.jit
-def in_register_order(dq, D: gl.constexpr):
-    """dQ [64, D] -> [D / 4, 256], each thread's values in runs of four: no bank conflict, and one address per
-    thread.
-
-    Row = (warp: 4, r: 2, lane: 8), column = (warpgroup: 2, k: D / 16, lane: 4, r: 2); r and k number a
-    thread's registers. The sums keep this order; elementwise.py turns it back.
-    """
-    bits = dq.reshape((4, 2, 8, 2, D // 16, 4, 2))
-    return bits.permute((4, 3, 0, 2, 5, 1, 6)).reshape((D // 4, SUM_COLUMNS))
-
-
-@gluon.jit
-def in_register_order_of_pairs(dq, D: gl.constexpr):
-    """dQ [128, D] -> [D / 2, 256]: likewise where each warpgroup has 64 of the rows and all columns."""
-    bits = dq.reshape((2, 4, 2, 8, 2, D // 16, 4, 2))
-    return bits.permute((0, 5, 4, 1, 3, 6, 2, 7)).reshape((D // 2, SUM_COLUMNS))
 
 
 @gluon.jit
@@ -589,8 +648,8 @@ def query_pair(step, last, mb, s_a, dk, dv, kv, bufs, bars, edges, scale_log2, C
 
 
 @gluon.jit
-def query_pairs(dk, dv, lo, hi, steps, bufs, bars, edges, scale_log2, C: gl.constexpr):
-    """dK and dV of ``steps`` > 0 blocks of 128 queries."""
+def query_pairs(dk, dv, lo, hi, base, steps, bufs, bars, edges, scale_log2, C: gl.constexpr):
+    """dK and dV of ``steps`` > 0 blocks of 128 queries, from step ``base`` on."""
     k_left = bufs.k.reshape((C.BN, C.D))
     v_left = bufs.v.reshape((C.BN, C.D))
     if C.KV_REGISTERS:
@@ -600,56 +659,95 @@ def query_pairs(dk, dv, lo, hi, steps, bufs, bars, edges, scale_log2, C: gl.cons
         v_left = v_left.load(LEFT_OPERAND)
     kv = (k_left, v_left)
     blocks = hi - lo
-    s = warpgroup_mma_wait(0, deps=(scores(0, k_left, bufs, bars, C),))
+    s = warpgroup_mma_wait(0, deps=(scores(base, k_left, bufs, bars, C),))
+    last = base + steps - 1
     for step in range(steps):
         mb = visit(lo + step % blocks, lo, hi, C.FIRST_STORES)
-        s, dk, dv = query_pair(step, steps - 1, mb, s, dk, dv, kv, bufs, bars, edges, scale_log2, C)
+        s, dk, dv = query_pair(base + step, last, mb, s, dk, dv, kv, bufs, bars, edges, scale_log2, C)
     return dk, dv
 
 
 @gluon.jit
-def backward_consumer(descs, bufs, bars, prob, scale_log2, scale, C: gl.constexpr):
-    """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ (PAIRS: half
-    its rows)."""
-    DTYPE: gl.constexpr = descs.dk.dtype
+def sum_products(keys, n, base, bufs, bars, prob, scale_log2, C: gl.constexpr):
+    """(dK, dV) of a key block, the CTA's n-th, whose query blocks are steps ``base`` and on; dK without its scale."""
     KL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C.D, 16])  # dK, dV [BN, D]
-    t = gl.program_id(0)
-    num_tiles = count_tiles(prob, C.VARLEN)
-    if t < num_tiles:
-        keys = locate_keys(t, prob, C)
-        lo, hi = keys.lo, keys.hi
-        n0 = keys.nb * C.BN
-        begin, end = unmasked_queries(n0, C.BN, keys.Sq, keys.Sk, prob.wl, prob.wr, C.LEFT, C.RIGHT)
-        edges = Edges(nb=keys.nb, Sq=keys.Sq, Sk=keys.Sk, begin=begin, end=end, wl=prob.wl, wr=prob.wr)
-        k = bufs.k.reshape((C.BN, C.D))
-        v = bufs.v.reshape((C.BN, C.D))
-        dk = gl.zeros((C.BN, C.D), gl.float32, KL)
-        dv = gl.zeros((C.BN, C.D), gl.float32, KL)
-        mbarrier.wait(bars.kv_full.index(0), 0)
-        mbarrier.wait(bars.kv_full.index(1), 0)
-        blocks = hi - lo
-        steps = prob.group * blocks
-        if C.PAIRS:
-            if steps > 0:
-                dk, dv = query_pairs(dk, dv, lo, hi, steps, bufs, bars, edges, scale_log2, C)
-        else:
-            for step in range(steps):
-                mb = visit(lo + step % blocks, lo, hi, C.FIRST_STORES)
-                dk, dv = query_block(step, mb, dk, dv, bufs, bars, edges, scale_log2, C)
-        # K and V are dead, once both warpgroups' products are done: their buffers stage dK and dV.
-        partition_barrier()
-        v.store(dv.to(DTYPE))
-        k.store((dk * scale).to(DTYPE))
-        fence_async_shared()
-        partition_barrier()
-        store_tile(descs.dv, bufs.v, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
-        store_tile(descs.dk, bufs.k, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
-        tma.store_wait(0)
+    lo, hi = keys.lo, keys.hi
+    begin, end = unmasked_queries(keys.nb * C.BN, C.BN, keys.Sq, keys.Sk, prob.wl, prob.wr, C.LEFT, C.RIGHT)
+    edges = Edges(nb=keys.nb, Sq=keys.Sq, Sk=keys.Sk, begin=begin, end=end, wl=prob.wl, wr=prob.wr)
+    dk = gl.zeros((C.BN, C.D), gl.float32, KL)
+    dv = gl.zeros((C.BN, C.D), gl.float32, KL)
+    mbarrier.wait(bars.kv_full.index(0), n & 1)
+    mbarrier.wait(bars.kv_full.index(1), n & 1)
+    blocks = hi - lo
+    steps = prob.group * blocks
+    if C.PAIRS:
+        if steps > 0:
+            dk, dv = query_pairs(dk, dv, lo, hi, base, steps, bufs, bars, edges, scale_log2, C)
+    else:
+        for step in range(steps):
+            mb = visit(lo + step % blocks, lo, hi, C.FIRST_STORES)
+            dk, dv = query_block(base + step, mb, dk, dv, bufs, bars, edges, scale_log2, C)
+    return dk, dv
+
+
+@gluon.jit
+def store_sums(dk, dv, keys, descs, bufs, scale, C: gl.constexpr):
+    """Starts the copies of dK and dV. K and V are dead, once both warpgroups' products are done: their buffers stage
+    dK and dV."""
+    DTYPE: gl.constexpr = descs.dk.dtype
+    n0 = keys.nb * C.BN
+    partition_barrier()
+    bufs.v.reshape((C.BN, C.D)).store(dv.to(DTYPE))
+    bufs.k.reshape((C.BN, C.D)).store((dk * scale).to(DTYPE))
+    fence_async_shared()
+    partition_barrier()
+    store_tile(descs.dv, bufs.v, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+    store_tile(descs.dk, bufs.k, keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+
+
+@gluon.jit
+def backward_consumer(descs, bufs, bars, prob, rounding, scale_log2, scale, C: gl.constexpr):
+    """Eight warps, BN = 128: each warpgroup owns 64 keys for S, dP, dK and dV, and half the columns of dQ (PAIRS: half
+    its rows). ROUNDS: dQ of another tile's queries, half of them while K and V are on their way, the others while dK
+    and dV are."""
+    if C.ROUNDS:
+        parts = prob.group * (C.BN // C.BM)
+        early = (parts + 1) // 2
+        n = 0
+        step = 0
+        number = 0
+        t = told_tile(bufs, bars, 0, 8)
+        while t < prob.num_tiles:
+            if t >= rounding.lag:
+                number = round_parts(t - rounding.lag, 0, early, number, bufs, bars, prob, rounding, C)
+            keys = locate_keys(t, prob, C)
+            dk, dv = sum_products(keys, n, step, bufs, bars, prob, scale_log2, C)
+            step += prob.group * (keys.hi - keys.lo)
+            store_sums(dk, dv, keys, descs, bufs, scale, C)
+            if t >= rounding.lag:
+                number = round_parts(t - rounding.lag, early, parts, number, bufs, bars, prob, rounding, C)
+            tma.store_wait(0)
+            partition_barrier()
+            mbarrier.arrive(bars.kv_empty.index(0), count=1)
+            n += 1
+            t = told_tile(bufs, bars, n, 8)
+        while t < prob.num_tiles + rounding.lag:
+            number = round_parts(t - rounding.lag, 0, parts, number, bufs, bars, prob, rounding, C)
+            n += 1
+            t = told_tile(bufs, bars, n, 8)
+    else:
+        t = gl.program_id(0)
+        if t < count_tiles(prob, C.VARLEN):
+            keys = locate_keys(t, prob, C)
+            dk, dv = sum_products(keys, 0, 0, bufs, bars, prob, scale_log2, C)
+            store_sums(dk, dv, keys, descs, bufs, scale, C)
+            tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
         "wl", "wr", "num_n", "num_tiles", "section", "Sq", "Sk", "padded", "num_heads_k", "group", "batch_heads_k",
+        "num_turns", "num_counts", "lag",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -659,19 +757,23 @@ def backward_kernel(
     dk_desc, dv_desc,  # like k
     sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
     cu_q, cu_k,  # int32 [B + 1]; varlen only
-    turns,  # int32 [rows * padded queries / 64], zero on entry; FIRST_STORES only
+    turns,  # int32 [num_turns = rows * padded queries / 64], then [rows]: ``done``. Zero on entry; FIRST_STORES, ROUNDS
+    sums, dq,  # the memory of dq_desc, and dQ, [B, Sq, H, D]; ROUNDS only
     wl, wr,  # window, used where LEFT, RIGHT
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
+    stride_qb, stride_qs, stride_qh,  # of dq
+    num_turns, num_counts, lag,  # ROUNDS only
     scale_log2, scale,  # softmax scale times log2(e), and itself
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     VARLEN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     FIRST_STORES: gl.constexpr, DETERMINISTIC: gl.constexpr, PDL: gl.constexpr, NAMED: gl.constexpr,
+    ROUNDS: gl.constexpr, HEAD_DIM: gl.constexpr,
     PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them)."""
+    """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them), and ``lag`` more
+    with ROUNDS."""
     DTYPE: gl.constexpr = q_desc.dtype
     ONE: gl.constexpr = [1, 1, 1] if VARLEN else [1, 1]
-    BAR: gl.constexpr = mbarrier.MBarrierLayout()
     HALVES: gl.constexpr = BM // 64  # copies and buffers of Q, dO and the statistics are of 64 queries
     q_buf = gl.allocate_shared_memory(DTYPE, [STAGES * HALVES] + ONE + [64, D], q_desc.layout)
     do_buf = gl.allocate_shared_memory(DTYPE, [DO_STAGES * HALVES] + ONE + [64, D], do_desc.layout)
@@ -681,47 +783,67 @@ def backward_kernel(
     delta_buf = gl.allocate_shared_memory(gl.float32, [DO_STAGES * HALVES, 1, 64], delta_desc.layout)
     ds_buf = gl.allocate_shared_memory(DTYPE, [BM, BN], gl.NVMMASharedLayout.get_default_for([BM, BN], DTYPE))
     dq_buf = gl.allocate_shared_memory(gl.float32, [BM * D // 256, 256], dq_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BAR)
-    do_empty = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BAR)
-    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    dq_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(DO_STAGES):
-        mbarrier.init(do_full.index(i), count=1)
-        mbarrier.init(do_empty.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(kv_full.index(i), count=1)
-    mbarrier.init(dq_full.index(0), count=1)
-    mbarrier.init(dq_empty.index(0), count=1)
+    slot, sums_buf, done, counter = None, None, None, None
+    if ROUNDS:
+        slot = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        sums_buf = gl.allocate_shared_memory(gl.float32, [BM * D // 256, 256], dq_desc.layout)
+        done = turns + num_turns
+        counter = turns + num_counts
+    # None where nobody uses one (make_barrier).
+    q_empty, do_empty, dq_full = None, None, None
+    if not NAMED:
+        q_empty = make_barrier(STAGES)
+        do_empty = make_barrier(DO_STAGES)
+        dq_full = make_barrier(1)
+    sums_full, sums_empty, kv_empty, slot_full, slot_empty = None, None, None, None, None
+    if ROUNDS:
+        sums_full = make_barrier(1)
+        sums_empty = make_barrier(1)
+        kv_empty = make_barrier(1)
+        slot_full = make_barrier(2)
+        slot_empty = make_barrier(2, 3)  # consumer, reducer, fetcher
+    bars = Barriers(
+        q_full=make_barrier(STAGES), q_empty=q_empty, do_full=make_barrier(DO_STAGES), do_empty=do_empty,
+        kv_full=make_barrier(2), dq_full=dq_full, dq_empty=make_barrier(1), sums_full=sums_full, sums_empty=sums_empty,
+        kv_empty=kv_empty, slot_full=slot_full, slot_empty=slot_empty,
+    )  # fmt: skip
     fence_async_shared()
     descs = Descriptors(
         q=(q_desc,), k=(k_desc,), v=(v_desc,), do=(do_desc,), lse=lse_desc, delta=delta_desc, dq=dq_desc, dk=dk_desc,
         dv=dv_desc,
     )  # fmt: skip
-    bufs = Buffers(q=q_buf, k=k_buf, v=v_buf, do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf)
+    bufs = Buffers(
+        q=q_buf, k=k_buf, v=v_buf, do=do_buf, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf,
+        sums=sums_buf, slot=slot,
+    )  # fmt: skip
     loads = Buffers(
-        q=(q_buf,), k=(k_buf,), v=(v_buf,), do=(do_buf,), lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf
-    )
-    bars = Barriers(
-        q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
-        dq_empty=dq_empty,
+        q=(q_buf,), k=(k_buf,), v=(v_buf,), do=(do_buf,), lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf,
+        sums=sums_buf, slot=slot,
     )  # fmt: skip
     prob = Problem(
-        sched=sched, cu_q=cu_q, cu_k=cu_k, turns=turns, num_n=num_n, num_tiles=num_tiles, section=section, Sq=Sq, Sk=Sk,
-        padded=padded, num_heads_k=num_heads_k, group=group, batch_heads_k=batch_heads_k, wl=wl, wr=wr,
+        sched=sched, cu_q=cu_q, cu_k=cu_k, turns=turns, counter=counter, num_n=num_n, num_tiles=num_tiles,
+        section=section, Sq=Sq, Sk=Sk, padded=padded, num_heads_k=num_heads_k, group=group,
+        batch_heads_k=batch_heads_k, wl=wl, wr=wr,
     )  # fmt: skip
     C: gl.constexpr = Config(
         BM=BM, BN=BN, D=D, STAGES=STAGES, DO_STAGES=DO_STAGES, VARLEN=VARLEN, LEFT=LEFT, RIGHT=RIGHT,
         FIRST_STORES=FIRST_STORES, DETERMINISTIC=DETERMINISTIC, PDL=PDL, PAIRS=PAIRS, KV_REGISTERS=KV_REGISTERS,
+        ROUNDS=ROUNDS, HEAD_DIM=HEAD_DIM,
         NAMED_Q=Q_BARRIER if NAMED else 0, NAMED_DO=DO_BARRIER if NAMED else 0, NAMED_DQ=DQ_BARRIER if NAMED else 0,
     )  # fmt: skip
-    gl.warp_specialize([
-        (backward_consumer, (descs, bufs, bars, prob, scale_log2, scale, C)),
-        (backward_producer, (descs, loads, bars, prob, C)),
-        (backward_reducer, (descs, bufs, bars, prob, C)),
-    ], [1, 1], [24, 24])  # fmt: skip
+    rounding = Rounding(
+        sums=sums, dq=dq, done=done, lag=lag, scale=scale, stride_b=stride_qb, stride_s=stride_qs, stride_h=stride_qh
+    )
+    if ROUNDS:
+        gl.warp_specialize([
+            (backward_consumer, (descs, bufs, bars, prob, rounding, scale_log2, scale, C)),
+            (persistent_producer, (descs, loads, bars, prob, rounding, C)),
+            (backward_reducer, (descs, bufs, bars, prob, rounding, C)),
+            (sums_fetcher, (descs, bufs, bars, prob, rounding, C)),
+        ], [1, 1, 1], [24, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (backward_consumer, (descs, bufs, bars, prob, rounding, scale_log2, scale, C)),
+            (backward_producer, (descs, loads, bars, prob, C)),
+            (backward_reducer, (descs, bufs, bars, prob, rounding, C)),
+        ], [1, 1], [24, 24])  # fmt: skip

@@ -64,7 +64,6 @@ from kernels.attention.hopper.compat import (
     wait_turn,
 )
 from kernels.attention.hopper.gluon_backward import (
-    SUM_COLUMNS,
     Barriers,
     Buffers,
     Descriptors,
@@ -75,12 +74,12 @@ from kernels.attention.hopper.gluon_backward import (
     first_keys,
     hide_keys,
     locate_keys,
-    scratch_coordinates,
     unmasked_queries,
     visit,
 )
 from kernels.attention.hopper.pieces import PIECE, allocate_pieces, matrix, one_of, wait_for
 from kernels.attention.hopper.rings import await_full
+from kernels.attention.hopper.sums import SUM_COLUMNS, scratch_coordinates
 from kernels.attention.hopper.tiles import store_tile
 
 PART = gl.constexpr(64)
@@ -492,22 +491,22 @@ def backward_wide_kernel(
     fence_async_shared()
     loads = Buffers(
         q=q_bufs, k=one_of(k_bufs, 0), v=one_of(v_bufs, 0), do=do_bufs, lse=lse_buf, delta=delta_buf, ds=ds_buf,
-        dq=dq_buf,
+        dq=dq_buf, sums=None, slot=None,
     )  # fmt: skip
     bufs = WideBuffers(
         q=q_bufs, k=k_bufs, v=v_bufs, do=do_bufs, lse=lse_buf, delta=delta_buf, ds=ds_buf, dq=dq_buf, p=p_buf
     )
     load_bars = Barriers(
         q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
-        dq_empty=dq_empty,
+        dq_empty=dq_empty, sums_full=None, sums_empty=None, kv_empty=None, slot_full=None, slot_empty=None,
     )  # fmt: skip
     bars = WideBarriers(
         q_full=q_full, q_empty=q_empty, do_full=do_full, do_empty=do_empty, kv_full=kv_full, dq_full=dq_full,
         dq_empty=dq_empty, p_full=p_full, p_empty=p_empty, ds_full=ds_full, ds_empty=ds_empty,
     )  # fmt: skip
     prob = Problem(
-        sched=sched, cu_q=cu_q, cu_k=cu_k, turns=turns, num_n=num_n, num_tiles=num_tiles, section=section, Sq=Sq, Sk=Sk,
-        padded=padded, num_heads_k=num_heads_k, group=group, batch_heads_k=batch_heads_k, wl=wl, wr=wr,
+        sched=sched, cu_q=cu_q, cu_k=cu_k, turns=turns, counter=None, num_n=num_n, num_tiles=num_tiles, section=section,
+        Sq=Sq, Sk=Sk, padded=padded, num_heads_k=num_heads_k, group=group, batch_heads_k=batch_heads_k, wl=wl, wr=wr,
     )  # fmt: skip
     C: gl.constexpr = WideConfig(
         BM=BM, BN=BN, D=D, STAGES=STAGES, DO_STAGES=DO_STAGES, DQ_COLUMNS=DQ_COLUMNS, DQ_STAGES=DQ_STAGES,

@@ -68,9 +68,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.attention.hopper.compat import named_barrier_arrive, named_barrier_sync, partition_barrier
+from kernels.attention.hopper.compat import named_barrier_arrive, named_barrier_sync, pack_pairs, partition_barrier
 from kernels.attention.hopper.pieces import PIECE, allocate_pieces, matrix, wait_for
-from kernels.attention.hopper.rings import await_empty, await_full, release
+from kernels.attention.hopper.rings import await_empty, await_full, make_barrier, release
 from kernels.attention.hopper.tiles import (
     crosses_edge,
     decode_tile,
@@ -230,9 +230,7 @@ def pack16(p, BN: gl.constexpr, DTYPE: gl.constexpr):
     tensor of 16-bit floats, triton unpacks and packs it again (64 PRMT instructions an iteration).
     """
     even, odd = gl.split(p.reshape((ROWS, BN // 2, 2)))
-    IS_BF16: gl.constexpr = DTYPE == gl.bfloat16  # noqa: SIM300
-    asm: gl.constexpr = ("cvt.rn.bf16x2.f32" if IS_BF16 else "cvt.rn.f16x2.f32") + " $0, $2, $1;"
-    return gl.inline_asm_elementwise(asm, "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+    return pack_pairs(even, odd, DTYPE)
 
 
 @gluon.jit
@@ -496,7 +494,8 @@ def forward_producer(descs, bufs, bars, prob, C: gl.constexpr):
             load_block(v_ring, step_v, (hi - i) * C.BN, rows, C.NAMED_V, C)
             step_k += 1
             step_v += 1
-        fetched = gl.atomic_add(prob.sched, 1)  # it travels while the last V waits for its buffer
+        # It travels while the last V waits for its buffer. Relaxed: no writes depend on it, and a fence takes long.
+        fetched = gl.atomic_add(prob.sched, 1, sem="relaxed")
         load_block(v_ring, step_v, lo * C.BN, rows, C.NAMED_V, C)
         step_v += 1
         if not C.VARLEN:
@@ -739,37 +738,6 @@ def forward_consumer(descs, bufs, bars, prob, scale_log2, C: gl.constexpr, WG: g
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit
-def make_barriers(C: gl.constexpr):
-    """Full: one producer. Empty: every warpgroup that read it."""
-    BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    SLOTS: gl.constexpr = 2 if C.AHEAD else 1
-    q_full = gl.allocate_shared_memory(gl.int64, [C.Q_TILES * C.NWG, 1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [C.Q_TILES * C.NWG, 1], BAR)
-    k_full = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], BAR)
-    v_full = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], BAR)
-    v_empty = gl.allocate_shared_memory(gl.int64, [C.STAGES, 1], BAR)
-    slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BAR)
-    slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BAR)
-    for i in gl.static_range(C.Q_TILES * C.NWG):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(C.STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=C.NWG)
-        mbarrier.init(v_empty.index(i), count=C.NWG)
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(slot_full.index(i), count=1)
-        mbarrier.init(slot_empty.index(i), count=C.NWG)
-    fence_async_shared()
-    return Barriers(
-        q_full=q_full, q_empty=q_empty, k_full=k_full, k_empty=k_empty, v_full=v_full, v_empty=v_empty,
-        slot_full=slot_full, slot_empty=slot_empty,
-    )  # fmt: skip
-
-
 @gluon.jit(
     do_not_specialize=[
         "wl", "wr", "num_m", "num_tiles", "section", "Sq", "Sk", "num_heads", "group", "batch_heads",
@@ -817,7 +785,17 @@ def forward_kernel(
         slot = gl.allocate_shared_memory(gl.int32, [2 * PLACE_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     else:
         slot = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bars = make_barriers(C)
+    SLOTS: gl.constexpr = 2 if AHEAD else 1
+    k_empty, v_empty = None, None  # named barriers take their place (make_barrier)
+    if not NAMED:
+        k_empty = make_barrier(STAGES, NWG)
+        v_empty = make_barrier(STAGES, NWG)
+    bars = Barriers(
+        q_full=make_barrier(Q_TILES * NWG), q_empty=make_barrier(Q_TILES * NWG), k_full=make_barrier(STAGES),
+        k_empty=k_empty, v_full=make_barrier(STAGES), v_empty=v_empty, slot_full=make_barrier(SLOTS),
+        slot_empty=make_barrier(SLOTS, NWG),
+    )  # fmt: skip
+    fence_async_shared()
     bufs = Buffers(q=q_bufs, k=k_bufs, v=v_bufs, o=o_bufs, slot=slot)
     prob = Problem(
         sched=sched, cu_q=cu_q, cu_k=cu_k, lse=lse_ptr, num_m=num_m, num_tiles=num_tiles, section=section, Sq=Sq, Sk=Sk,

@@ -341,25 +341,27 @@ class BackwardPlan:
     columns: int
     """Queries of all heads, each row padded: see `_scratch`."""
     width: int
-    turn_shape: tuple[int, int] | None
-    """Shape of the turns that key blocks take at dQ, one a scratch tile (128 queries at once count at the first of
-    theirs); None: they take none."""
+    num_counts: int
+    """Turns that key blocks take at dQ, one a scratch tile (128 queries at once count at the first of theirs), a head's
+    key blocks that have added theirs, and the tiles that were taken; 0: nothing is counted."""
     copies: tuple[bool, ...] | None
     """Which of dO, q, k, v the copy engine can't address: contiguous copies take their place. None: none of them."""
     spares: tuple[bool, bool] | None
     """Which of dK, dV are not wanted or the copy engine can't address: spare memory takes their place."""
     bound: int
     """Upper bound of the key blocks of all sequences."""
+    stores_first: bool
+    """Whether dQ's sums are not zeroed: the first key block that sees a query stores its own."""
     preprocess: Launch
     tiles: Launch | None
     """Lists the key blocks; varlen only."""
     main: Launch
     postprocess: Launch | None
-    """None: no dQ is wanted."""
+    """None: no dQ is wanted, or the main kernel rounds it."""
     chain: Chain | None
-    """The three kernels of a dense call that needs no copies."""
+    """The kernels of a dense call that needs no copies."""
     scratch_shape: tuple[int]
-    """Memory of the chain, in 4 bytes: LSE, delta, the sums and the turns, one behind the other."""
+    """Memory of the chain, in 4 bytes: LSE, delta, the sums and the counts, one behind the other."""
     pieces: int
     """As in ForwardPlan, of q, k, v and dO and of dK and dV."""
 
@@ -375,17 +377,18 @@ class BackwardPlan:
         row = 4 * self.columns
         lse_log2 = memory.data_ptr()
         delta, sums = lse_log2 + row, lse_log2 + 2 * row
-        turns = () if self.turn_shape is None else (sums + row * self.width,)
+        turns = (sums + row * self.width,) if self.num_counts else ()
         at_dout = dout.data_ptr()
         statistics = (lse.data_ptr(),) if dlse is None else (lse.data_ptr(), dlse.data_ptr())
         inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), at_dout) * self.pieces
         gradients = (dk.data_ptr(), dv.data_ptr()) * self.pieces
-        return self.chain.start(
-            q.get_device(),
-            (out.data_ptr(), at_dout, *statistics, lse_log2, delta, sums, *turns),
-            (*inputs, lse_log2, delta, sums, *gradients, *turns),
-            (sums, *turns, dq.data_ptr()),
-        )
+        before = (out.data_ptr(), at_dout, *statistics, lse_log2, delta, sums, *turns)
+        main = (*inputs, lse_log2, delta, sums, *gradients, *turns)
+        at_dq = dq.data_ptr()
+        if self.postprocess is None:
+            return self.chain.start(q.get_device(), before, (*main, sums, at_dq))
+        after = (sums, *turns, at_dq) if self.stores_first else (sums, at_dq)
+        return self.chain.start(q.get_device(), before, main, after)
 
 
 def launch_backward(
@@ -403,14 +406,17 @@ def launch_backward(
     if plan.spares is not None:
         target_k, target_v = _targets(k, v, dk, dv, plan.spares)
     lse_log2, delta, sums = _scratch(plan.columns, plan.width, q.device)
-    turns = None if plan.turn_shape is None else torch.empty(plan.turn_shape, dtype=torch.int32, device=q.device)
+    turns = torch.empty(plan.num_counts, dtype=torch.int32, device=q.device) if plan.num_counts else None
     cu_q, cu_k = extras.cu_seqlens_q, extras.cu_seqlens_k
     plan.preprocess(out, dout, lse, dlse, lse_log2, delta, sums, turns, cu_q)
     sched = None if plan.tiles is None else _list_tiles(plan.tiles, cu_k, plan.bound)
     inputs, gradients = (q, k, v, dout) * plan.pieces, (target_k, target_v) * plan.pieces
-    plan.main(*inputs, lse_log2, delta, sums, *gradients, sched, cu_q, cu_k, turns)
+    if plan.postprocess is None and dq is not None:
+        plan.main(*inputs, lse_log2, delta, sums, *gradients, turns, sums, dq)
+    else:
+        plan.main(*inputs, lse_log2, delta, sums, *gradients, sched, cu_q, cu_k, turns)
     if plan.postprocess is not None:
-        plan.postprocess(sums, turns, dq, cu_q)
+        plan.postprocess(sums, turns if plan.stores_first else None, dq, cu_q)
     for grad, target in ((dk, target_k), (dv, target_v)):
         if grad is not None and target is not None and grad is not target:
             grad.copy_(target)
@@ -441,21 +447,27 @@ def _plan_backward(
     scratch = _shaped(_scratch(columns, call.width, torch.device("meta")), call)
     tile = tuning.BACKWARD[call.width]
     keys = tuning.keys_in_sight(call.seqlen_k, params.window_left, params.window_right)
-    take_turns = params.deterministic or tile.stores_first(keys)
-    turn_shape = (call.scratch_rows, call.padded // tuning.SCRATCH_TILE) if take_turns else None
-    turns = None if turn_shape is None else torch.empty(turn_shape, dtype=torch.int32, device="meta")
+    stores_first = params.deterministic or tile.stores_first(keys)
+    rounds = dq is not None and _rounds(call, params, tile, dq)
+    num_counts = columns // tuning.SCRATCH_TILE + call.scratch_rows + 1 if stores_first or rounds else 0
+    turns = torch.empty(num_counts, dtype=torch.int32, device="meta") if num_counts else None
     block_n = tile.block_n
     bound = call.tiles("k", block_n)
     cu = extras.cu_seqlens_k
     tiles = None if cu is None else _plan_tile_list(cu, call, bound, block_n, descending=False)
-    preprocess = _plan_preprocess(call, dout, out, lse, dlse, scratch, turns, extras)
-    main = _plan_main(call, bound, dout, q, k, v, dk, dv, scratch, turns, params, extras)
-    postprocess = None if dq is None else _plan_postprocess(call, scratch, turns, dq, params.softmax_scale, extras)
+    preprocess = _plan_preprocess(call, dout, out, lse, dlse, scratch, turns, stores_first, rounds, extras)
+    target_q = dq if rounds else None
+    main = _plan_main(call, bound, dout, q, k, v, target_q, dk, dv, scratch, turns, stores_first, params, extras)
+    postprocess = None
+    if dq is not None and not rounds:
+        first_stored = turns if stores_first else None
+        postprocess = _plan_postprocess(call, scratch, first_stored, dq, params.softmax_scale, extras)
     as_they_are = copies is None and not (spare_k or spare_v or call.varlen)
     return BackwardPlan(
         columns=columns,
         width=call.width,
-        turn_shape=turn_shape,
+        num_counts=num_counts,
+        stores_first=stores_first,
         copies=copies,
         spares=(spare_k, spare_v) if spare_k or spare_v else None,
         bound=bound,
@@ -463,10 +475,20 @@ def _plan_backward(
         tiles=tiles,
         main=main,
         postprocess=postprocess,
-        chain=Chain(preprocess, main, postprocess) if as_they_are and postprocess is not None else None,
-        scratch_shape=(columns * (2 + call.width) + math.prod(turn_shape or (0,)),),
+        chain=Chain(*filter(None, (preprocess, main, postprocess))) if as_they_are and dq is not None else None,
+        scratch_shape=(columns * (2 + call.width) + num_counts,),
         pieces=len(tuning.PIECES[call.width]),
     )
+
+
+def _rounds(call: Call, params: AttnParams, tile: tuning.BackwardTile | tuning.WideBackwardTile, dq: Tensor) -> bool:
+    """Whether the main kernel makes dQ of its sums: every query sees a key then, CTAs share out the queries as they do
+    the keys, and dQ is written in words of two elements, at 32-bit offsets within a tile."""
+    if not isinstance(tile, tuning.BackwardTile) or call.varlen or call.seqlen_k > tile.rounds_keys:
+        return False
+    square = call.seqlen_q == call.seqlen_k and params.window_left < 0
+    in_words = call.head_dim % 2 == 0 and addressable(dq) and dq.stride(-3) < 2**24
+    return square and in_words
 
 
 def _scratch(columns: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -511,7 +533,7 @@ def _strides(name: str, tensor: Tensor, varlen: bool) -> dict[str, int]:
 
 def _plan_preprocess(
     call: Call, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scratch: tuple[Tensor, Tensor, Tensor],
-    turns: Tensor | None, extras: AttnExtras,
+    turns: Tensor | None, stores_first: bool, rounds: bool, extras: AttnExtras,
 ) -> Launch:  # fmt: skip
     block = tuning.SCRATCH_TILE
     num_blocks = triton.cdiv(call.seqlen_q, PAD) * (PAD // block)  # padding rows too
@@ -533,12 +555,16 @@ def _plan_preprocess(
         "padded": call.padded,
         "num_heads": call.num_heads,
         "num_blocks": num_blocks,
+        "num_turns": call.scratch_rows * call.padded // block,
+        "num_counts": call.scratch_rows * (call.padded // block + 1),
         "HEAD_DIM": call.head_dim,
         "D": call.width,
         "BLOCK": block,
         "BLOCK_M": tuning.BACKWARD[call.width].queries,
         "VARLEN": call.varlen,
         "HAS_DLSE": dlse is not None,
+        "FIRST_STORES": stores_first,
+        "ROUNDS": rounds,
         "PDL": _overlaps(call),
     }
     num_warps = tuning.BACKWARD[call.width].preprocess_warps
@@ -546,9 +572,11 @@ def _plan_preprocess(
 
 
 def _plan_main(
-    call: Call, bound: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor,
-    scratch: tuple[Tensor, Tensor, Tensor], turns: Tensor | None, params: AttnParams, extras: AttnExtras,
+    call: Call, bound: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor, dv: Tensor,
+    scratch: tuple[Tensor, Tensor, Tensor], turns: Tensor | None, stores_first: bool, params: AttnParams,
+    extras: AttnExtras,
 ) -> Launch:  # fmt: skip
+    """``dq``: given if the kernel is to write it."""
     tile = tuning.BACKWARD[call.width]
     block_n = tile.block_n
     if isinstance(tile, tuning.BackwardTile) and tile.pairs and call.width != 64:
@@ -596,13 +624,36 @@ def _plan_main(
         "VARLEN": call.varlen,
         "LEFT": params.window_left >= 0,
         "RIGHT": params.window_right >= 0,
-        "FIRST_STORES": turns is not None,
+        "FIRST_STORES": stores_first,
         "DETERMINISTIC": params.deterministic,
         "PDL": _overlaps(call),
     }
-    kernel = backward_wide_kernel if wide else backward_kernel
     options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "launch_pdl": _overlaps(call)}
-    return Launch(kernel, num_tiles, arguments, **options)
+    if isinstance(tile, tuning.WideBackwardTile):
+        return Launch(backward_wide_kernel, num_tiles, arguments, **options)
+    lag = 0
+    if dq is not None:
+        in_a_section = min(num_tiles, arguments["section"] * arguments["num_n"])
+        lag = min(num_tiles, in_a_section + tile.lag_sms * _num_sms(q.device))
+    arguments |= _rounding_arguments(call, scratch, dq, lag)
+    num_programs = num_tiles if dq is None else min(num_tiles + lag, _num_sms(q.device))
+    return Launch(backward_kernel, num_programs, arguments, **options)
+
+
+def _rounding_arguments(
+    call: Call, scratch: tuple[Tensor, Tensor, Tensor], dq: Tensor | None, lag: int
+) -> dict[str, Any]:
+    strides = dict.fromkeys(("stride_qb", "stride_qs", "stride_qh"), 0) if dq is None else _strides("q", dq, False)
+    return {
+        "sums": None if dq is None else scratch[2],
+        "dq": dq,
+        **strides,
+        "num_turns": call.scratch_rows * call.padded // tuning.SCRATCH_TILE,
+        "num_counts": call.scratch_rows * (call.padded // tuning.SCRATCH_TILE + 1),
+        "lag": lag,
+        "ROUNDS": dq is not None,
+        "HEAD_DIM": call.head_dim if dq is not None else call.width,
+    }
 
 
 def _plan_postprocess(

@@ -25,6 +25,16 @@ from kernels.attention.hopper.compat import ring_barrier_arrive, ring_barrier_sy
 
 
 @gluon.jit
+def make_barrier(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """An array of mbarriers, each of so many arrivals. To be made only where somebody uses it: its memory is given to
+    others otherwise, and a GPU that switches between processes writes the barrier there again (docs/kernel_log.md)."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
 def await_full(full, step, STAGES: gl.constexpr):
     """Consumer: waits until the block of ``step`` has arrived."""
     mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
@@ -47,3 +57,22 @@ def await_empty(empty, step, STAGES: gl.constexpr, NAMED: gl.constexpr, THREADS:
             ring_barrier_sync(NAMED + step % STAGES, THREADS)
     else:
         mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def claim_tile(bufs, bars, prob, n):
+    """Producer (one warp): takes the CTA's n-th tile and tells the other partitions."""
+    t = gl.atomic_add(prob.counter, 1, sem="relaxed")
+    mbarrier.wait(bars.slot_empty.index(n % 2), ((n // 2) & 1) ^ 1)
+    bufs.slot.index(n % 2).store(gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + t)
+    mbarrier.arrive(bars.slot_full.index(n % 2), count=1)
+    return t
+
+
+@gluon.jit
+def told_tile(bufs, bars, n, WARPS: gl.constexpr):
+    """Another partition, of so many warps: the CTA's n-th tile."""
+    mbarrier.wait(bars.slot_full.index(n % 2), (n // 2) & 1)
+    t = gl.max(bufs.slot.index(n % 2).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    mbarrier.arrive(bars.slot_empty.index(n % 2), count=1)
+    return t

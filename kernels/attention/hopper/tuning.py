@@ -100,6 +100,14 @@ class BackwardTile:
     named: bool = False
     """Consumers release stages and hand dQ over through named barriers, where nobody waits for the other warps."""
 
+    rounds_keys: int = 0
+    """Up to so many keys the kernel itself makes dQ of its sums, where it can (launch.py), while they are in L2. H100,
+    TFLOP/s with and without, causal: D = 64 at 512, 1k, 2k, 4k 212 308 390 446 and 178 281 385 466; D = 128 at 512, 1k,
+    2k, 4k, 8k 219 341 471 557 592 and 214 333 445 542 598."""
+    lag_sms: int = 2
+    """With ``rounds_keys``: so many tiles for each multiprocessor, and those of a section of heads, lie between a tile
+    and the one that rounds as many queries as it has keys."""
+
     pairs: bool = False
     """128 queries at a time, in two halves that run into each other: the warpgroups meet half as often, and one half's
     products run during the other's softmax. D = 64 only, for want of registers."""
@@ -249,8 +257,8 @@ PIECES: dict[int, tuple[int, ...]] = {64: (64,), 128: (128,), 192: (128, 64), 25
 
 BACKWARD: dict[int, BackwardTile | WideBackwardTile] = {
     # K and V from registers: +10 to 18 % on an H100; under Triton 3.9 they spill.
-    64: BackwardTile(2, 2, named=True, pairs=True, kv_registers=TRITON < (3, 9)),
-    128: BackwardTile(2, 2, named=True),
+    64: BackwardTile(2, 2, named=True, rounds_keys=2048, pairs=True, kv_registers=TRITON < (3, 9)),
+    128: BackwardTile(2, 2, named=True, rounds_keys=4096),
     # Two pieces. H100, 16k tokens, TFLOP/s at S = 512, 2k, 8k: causal 156 333 438, full 254 406 456; padded to 256
     # columns 130 258 324 and 204 305 336. All three pieces of a block's dQ can be on their way.
     192: WideBackwardTile(q_stages=2, do_stages=2, dq_columns=64, dq_stages=3, keys_regs=200, queries_regs=88),

@@ -373,6 +373,69 @@ def with_tile(table: dict[int, Any], width: int, tile: Any, check: Callable[...,
         op.forget()
 
 
+def rounding() -> Iterator[Check]:
+    """dQ out of the main kernel: in a fixed order of sums the bits of a kernel of its own, for fewer and more CTAs than
+    run at once and than lie between two that meet, with sums stored first and zeroed, and as fast as they come."""
+    tiles = {
+        width: {
+            "shipped": {},
+            "at once": {"lag_sms": 0},
+            "late": {"lag_sms": 3},
+            "overlapping": {"pdl": True},
+        }
+        for width in (64, 128)
+    }
+    shapes = [
+        (1, 1, 4),
+        (65, 2, 4),
+        (512, 1, 2),
+        (512, 32, 16),
+        (1000, 9, 16),
+        (2048, 4, 16),
+        (5000, 1, 6),
+        (8192, 1, 4),
+    ]
+    for (width, variants), (sq, batch, heads), causal in itertools.product(tiles.items(), shapes, (False, True)):
+        case = Case(sq, sq, width - 8 * causal, heads, heads // 2, batch=batch, dtype=BF16, options={"causal": causal})
+        yield f"bits of {case}", functools.partial(rounds_alike, case, width, variants)
+    for width, causal in itertools.product((64, 128), (False, True)):
+        case = Case(500, 500, width, 6, 3, batch=5, dtype=FP16, options={"causal": causal})
+        yield dense(case)
+        case = Case(777, 777, width, 32, 32, batch=4, dtype=BF16, options={"causal": causal, "deterministic": True})
+        yield f"20 runs {case}", functools.partial(run_twice_the_same, case)
+
+
+def rounds_alike(case: Case, width: int, variants: dict[str, dict[str, Any]]) -> None:
+    """dQ, dK and dV of tiles that round in the main kernel, bit for bit those of one that doesn't, three times each."""
+    q, k, v, dout, _ = make_inputs(case)
+    options = {**case.options, "deterministic": True}
+
+    def gradients() -> tuple[Tensor, ...]:
+        mine = leaves(q, k, v)
+        return torch.autograd.grad(kernels.flash_attn_func(*mine, **options), mine, dout)
+
+    want: list[Tensor] = []
+    with_tile(
+        tuning.BACKWARD,
+        width,
+        dataclasses.replace(tuning.BACKWARD[width], rounds_keys=0),
+        lambda: want.extend(gradients()),
+    )
+    for name, fields in variants.items():
+
+        def check(name: str = name) -> None:
+            for turn in range(2):
+                for which, a, b in zip(("dq", "dk", "dv"), gradients(), want, strict=True):
+                    assert torch.equal(a, b), f"{which} differs, {name}, run {turn}"
+
+        with_tile(
+            tuning.BACKWARD,
+            width,
+            dataclasses.replace(tuning.BACKWARD[width], **{"rounds_keys": 16384, **fields}),
+            check,
+        )
+
+
 def forward_candidate(width: int, name: str) -> Iterator[Check]:
     """One forward tile for everything, whichever is chosen: ring phases with fewer and more tiles than there are CTAs,
     shapes, windows, groups of heads, varlen, and 20 equal runs."""
@@ -435,6 +498,7 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
     "deterministic": deterministic,
     "systems": systems,
     "launch_variants": launch_variants,
+    "rounding": rounding,
     **{
         f"forward_{width}_{name}": functools.partial(forward_candidate, width, name)
         for width, tiles in tuning.FORWARD_CANDIDATES.items()
