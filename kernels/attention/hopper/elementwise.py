@@ -59,7 +59,7 @@ def _locate(bh, num_heads, cu_q, seqlen_q, VARLEN: tl.constexpr):
         return b, h, 0, seqlen_q, bh, 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_turns", "num_counts"])
 def backward_preprocess(
     out, dout,  # [B, Sq, H, D] or [total, H, D]
     lse, dlse,  # fp32, natural log, [B, H, Sq] or [H, total], and its gradient or None
