@@ -26,7 +26,8 @@ def test_budget_of_the_hopper_path_allows_no_serialisation_and_few_spills() -> N
         assert isinstance(entry, Budget)
         assert entry.hgmma, key
         assert entry.serialized == 0, key
-        assert entry.spill_bytes <= (204 if "d256" in key else 0), key  # 256 columns of O leave no registers
+        # 256 columns of O leave no registers. Where the backward rounds dQ it spills once a tile, not in its loops.
+        assert entry.spill_bytes <= (204 if "d256" in key else 116 if "rounds" in key else 0), key
         assert entry.shared_bytes <= 232_448, key
 
 
