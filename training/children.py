@@ -18,6 +18,10 @@ PATIENCE_S = 5.0
 """From SIGTERM, on which a run finishes its step and a launcher ends its ranks, to SIGKILL."""
 SWEEPS = 3
 """Times that what is left is looked for and killed: a process that is being started may be missed by the first."""
+STARTING_S = 0.5
+"""For so long a new process may be without an environment."""
+NEW_S = 5.0
+"""A process is new for so long: those of the kernel never have an environment."""
 MARKS = "FLASHTRAIN_CHILD_OF"
 """Environment variable with a word for each `child` that a process is of."""
 
@@ -148,12 +152,23 @@ def is_alive(member: psutil.Process) -> bool:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes started with this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # gone, or another user's
-            if mark in process.environ().get(MARKS, "").split():
-                found.append(process)
+    """The processes started with this mark in their environment. Linux shows none of a process that has just been
+    started, for a moment; that is waited out."""
+    found: list[psutil.Process] = []
+    unknown = list(psutil.process_iter())
+    deadline = time.monotonic() + STARTING_S
+    while unknown and time.monotonic() < deadline:
+        starting = []
+        for process in unknown:
+            with contextlib.suppress(psutil.Error, OSError):  # gone, or another user's
+                environment = process.environ()
+                if mark in environment.get(MARKS, "").split():
+                    found.append(process)
+                elif not environment and time.time() - process.create_time() < NEW_S and is_alive(process):
+                    starting.append(process)
+        unknown = starting
+        if unknown:
+            time.sleep(0.01)
     return found
 
 

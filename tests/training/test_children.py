@@ -101,6 +101,25 @@ def test_a_child_within_a_child_is_of_both(tmp_path: Path) -> None:
     assert not children.is_alive(inner)
 
 
+def test_a_child_that_is_just_being_started_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux shows an empty environment between a process's start and its program's."""
+    environ, empty = psutil.Process.environ, [3]
+
+    def late(self: psutil.Process) -> dict[str, str]:
+        if self.pid == started.pid and empty[0]:
+            empty[0] -= 1
+            return {}
+        return environ(self)
+
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with subprocess.Popen(command, env={**os.environ, children.MARKS: "one two"}) as started:
+        monkeypatch.setattr(psutil.Process, "environ", late)
+        found = [process.pid for process in children.marked("two")]
+        started.kill()
+    assert found == [started.pid]
+    assert empty == [0]
+
+
 def test_others_are_left_alone() -> None:
     with child([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
         with child([sys.executable, "-c", "pass"]) as process:
