@@ -130,10 +130,7 @@ def backward_source(
     if not isinstance(tile, tuning.WideBackwardTile):
         types |= {"sums": "*fp32", "dq": f"*{dtype}"} | _integers("num_turns", "num_counts", "lag", "stride_qb")
         types |= dict.fromkeys(("stride_qs", "stride_qh"), "i32")
-        constants |= {
-            "ROUNDS": rounds,
-            "HEAD_DIM": width,
-        }
+        constants |= {"ROUNDS": rounds, "HEAD_DIM": width}
         absent |= {} if rounds else {"sums": None, "dq": None}
         return source(backward_kernel, types, constants | absent)
     if "q_tail" not in types:

@@ -101,7 +101,7 @@ def wait_turn(turn, rank):
 
 @gluon.jit
 def wait_count(counter, count):
-    """``wait_turn`` for waits that may take long, in a partition of any size."""
+    """``wait_turn`` for waits that may take long: it sleeps between two looks."""
     gl.inline_asm_elementwise(
         "{ .reg .pred %again; .reg .s32 %seen; POLL: ld.acquire.gpu.global.s32 %seen, [$1]; "
         "setp.ge.s32 %again, %seen, $2; @%again bra DONE; nanosleep.u32 200; bra POLL; "

@@ -307,12 +307,18 @@ def load_queries(descs, bufs, statistic_desc, statistic_bufs, bar, stage, h, row
 
 
 @gluon.jit
-def load_step(number, step, keys, descs, bufs, bars, prob, C: gl.constexpr):
-    """Starts the copies of Q, LSE, dO and delta for step ``number`` of a tile, ``step`` of all."""
-    blocks = keys.hi - keys.lo
-    h = keys.hk * prob.group + number // blocks
-    mb = visit(keys.lo + number % blocks, keys.lo, keys.hi, C.FIRST_STORES)
-    row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
+def load_keys(keys, descs, bufs, bars, C: gl.constexpr):
+    """Starts the copies of a key block of K and of V."""
+    n0 = keys.nb * C.BN
+    mbarrier.expect(bars.kv_full.index(0), C.BN * C.D * 2)
+    load_pieces(descs.k, bufs.k, bars.kv_full.index(0), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+    mbarrier.expect(bars.kv_full.index(1), C.BN * C.D * 2)
+    load_pieces(descs.v, bufs.v, bars.kv_full.index(1), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+
+
+@gluon.jit
+def load_query_block(step, h, row, column, mb, keys, descs, bufs, bars, C: gl.constexpr):
+    """Starts the copies of a query block's Q, LSE, dO and delta, once their stages are free."""
     stage = step % C.STAGES
     await_empty(bars.q_empty, step, C.STAGES, C.NAMED_Q, HANDOVER)
     load_queries(descs.q, bufs.q, descs.lse, bufs.lse, bars.q_full.index(stage), stage, h, row, column, mb, keys, C)
@@ -320,6 +326,16 @@ def load_step(number, step, keys, descs, bufs, bars, prob, C: gl.constexpr):
     await_empty(bars.do_empty, step, C.DO_STAGES, C.NAMED_DO, HANDOVER)
     bar = bars.do_full.index(stage)
     load_queries(descs.do, bufs.do, descs.delta, bufs.delta, bar, stage, h, row, column, mb, keys, C)
+
+
+@gluon.jit
+def load_step(number, step, keys, descs, bufs, bars, prob, C: gl.constexpr):
+    """``load_query_block`` for step ``number`` of a tile, ``step`` of all."""
+    blocks = keys.hi - keys.lo
+    h = keys.hk * prob.group + number // blocks
+    mb = visit(keys.lo + number % blocks, keys.lo, keys.hi, C.FIRST_STORES)
+    row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
+    load_query_block(step, h, row, column, mb, keys, descs, bufs, bars, C)
 
 
 @gluon.jit
@@ -334,15 +350,11 @@ def persistent_producer(descs, bufs, bars, prob, rounding, C: gl.constexpr):
     while t < prob.num_tiles + rounding.lag:
         if t < prob.num_tiles:
             keys = locate_keys(t, prob, C)
-            n0 = keys.nb * C.BN
             steps = prob.group * (keys.hi - keys.lo)
             if steps > 0:
                 load_step(0, step, keys, descs, bufs, bars, prob, C)
             mbarrier.wait(bars.kv_empty.index(0), (n & 1) ^ 1)
-            mbarrier.expect(bars.kv_full.index(0), C.BN * C.D * 2)
-            load_pieces(descs.k, bufs.k, bars.kv_full.index(0), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
-            mbarrier.expect(bars.kv_full.index(1), C.BN * C.D * 2)
-            load_pieces(descs.v, bufs.v, bars.kv_full.index(1), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+            load_keys(keys, descs, bufs, bars, C)
             for number in range(1, steps):
                 load_step(number, step + number, keys, descs, bufs, bars, prob, C)
             step += steps
@@ -359,11 +371,7 @@ def backward_producer(descs, bufs, bars, prob, C: gl.constexpr):
     num_tiles = count_tiles(prob, C.VARLEN)
     if t < num_tiles:
         keys = locate_keys(t, prob, C)
-        n0 = keys.nb * C.BN
-        mbarrier.expect(bars.kv_full.index(0), C.BN * C.D * 2)
-        load_pieces(descs.k, bufs.k, bars.kv_full.index(0), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
-        mbarrier.expect(bars.kv_full.index(1), C.BN * C.D * 2)
-        load_pieces(descs.v, bufs.v, bars.kv_full.index(1), keys.b, keys.hk, n0, keys.start_k, keys.Sk, C.VARLEN)
+        load_keys(keys, descs, bufs, bars, C)
         if C.PDL:
             wait_previous_kernel()
         step = 0
@@ -372,14 +380,7 @@ def backward_producer(descs, bufs, bars, prob, C: gl.constexpr):
             row, column = scratch_coordinates(keys.b, h, keys.start_q, prob.num_heads_k * prob.group, C.VARLEN)
             for i in range(keys.lo, keys.hi):
                 mb = visit(i, keys.lo, keys.hi, C.FIRST_STORES)
-                stage = step % C.STAGES
-                await_empty(bars.q_empty, step, C.STAGES, C.NAMED_Q, HANDOVER)
-                bar = bars.q_full.index(stage)
-                load_queries(descs.q, bufs.q, descs.lse, bufs.lse, bar, stage, h, row, column, mb, keys, C)
-                stage = step % C.DO_STAGES
-                await_empty(bars.do_empty, step, C.DO_STAGES, C.NAMED_DO, HANDOVER)
-                bar = bars.do_full.index(stage)
-                load_queries(descs.do, bufs.do, descs.delta, bufs.delta, bar, stage, h, row, column, mb, keys, C)
+                load_query_block(step, h, row, column, mb, keys, descs, bufs, bars, C)
                 step += 1
 
 
@@ -757,7 +758,8 @@ def backward_kernel(
     dk_desc, dv_desc,  # like k
     sched,  # int32: unused, number of key blocks, their (sequence, block); varlen only
     cu_q, cu_k,  # int32 [B + 1]; varlen only
-    turns,  # int32 [num_turns = rows * padded queries / 64], then [rows]: ``done``. Zero on entry; FIRST_STORES, ROUNDS
+    turns,  # int32, zero on entry: [num_turns = rows * padded queries / 64], FIRST_STORES; with ROUNDS [rows] ``done``
+    # behind them, num_counts together, and then one, ``counter``
     sums, dq,  # the memory of dq_desc, and dQ, [B, Sq, H, D]; ROUNDS only
     wl, wr,  # window, used where LEFT, RIGHT
     num_n, num_tiles, section, Sq, Sk, padded, num_heads_k, group, batch_heads_k,
@@ -770,8 +772,8 @@ def backward_kernel(
     ROUNDS: gl.constexpr, HEAD_DIM: gl.constexpr,
     PAIRS: gl.constexpr, KV_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them), and ``lag`` more
-    with ROUNDS."""
+    """Launch with num_warps=8, one CTA per key block and kv head (varlen: an upper bound of them); with ROUNDS, whose
+    CTAs take one tile after the other, no more than multiprocessors."""
     DTYPE: gl.constexpr = q_desc.dtype
     ONE: gl.constexpr = [1, 1, 1] if VARLEN else [1, 1]
     HALVES: gl.constexpr = BM // 64  # copies and buffers of Q, dO and the statistics are of 64 queries

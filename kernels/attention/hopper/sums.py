@@ -67,7 +67,7 @@ def in_register_order(dq, D: gl.constexpr):
     thread.
 
     Row = (warp: 4, r: 2, lane: 8), column = (warpgroup: 2, k: D / 16, lane: 4, r: 2); r and k number a
-    thread's registers. The sums keep this order; elementwise.py turns it back.
+    thread's registers. The sums keep this order; ``round_part`` or elementwise.py turns it back.
     """
     bits = dq.reshape((4, 2, 8, 2, D // 16, 4, 2))
     return bits.permute((4, 3, 0, 2, 5, 1, 6)).reshape((D // 4, SUM_COLUMNS))
